@@ -1,0 +1,1 @@
+"""The `tritonserver` of the nvidia-pytriton wheel, run as a local server."""

@@ -1,0 +1,44 @@
+"""Backend `onnxruntime` for a Triton that has none: the pip-installed one.
+
+A Python-based backend with the name of NVIDIA's native one, so that a model repository with `platform:
+"onnxruntime_onnx"` is served unchanged by both.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import triton_python_backend_utils as pb_utils
+
+from detector.serving import Stage
+
+
+class TritonPythonModel:
+    """The interface that Triton's Python backend asks for."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the version's ONNX file."""
+        config = json.loads(args["model_config"])
+        file_name = config.get("default_model_filename") or "model.onnx"
+        path = Path(args["model_repository"]) / args["model_version"] / file_name
+        options = onnxruntime.SessionOptions()
+        # Several models share the cores: a thread that spins between two runs takes them from the others.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        on_gpu = args["model_instance_kind"] == "GPU" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        cuda = ("CUDAExecutionProvider", {"device_id": int(args["model_instance_device_id"])})
+        providers = [cuda, "CPUExecutionProvider"] if on_gpu else ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
+        inputs = [tensor["name"] for tensor in config["input"]]
+        outputs = [tensor["name"] for tensor in config["output"]]
+
+        def compute(*arrays: Any) -> list[Any]:
+            return list(session.run(outputs, dict(zip(inputs, arrays, strict=True))))
+
+        self._stage = Stage(pb_utils, inputs, outputs, compute)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer all requests of a batch."""
+        return self._stage.execute(requests)

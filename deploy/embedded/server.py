@@ -1,0 +1,389 @@
+"""Runs the real `tritonserver` of the nvidia-pytriton wheel on a model repository, for laptops, tests and CI.
+
+The wheel brings the server and its Python backend. What it lacks, a backend `onnxruntime`, lies beside this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from uuid import uuid4
+
+import psutil
+
+from detector.errors import InputError, ServerStartError, SetupError
+from detector.serving import MODES
+from model_repository.manifest import verify_repository
+
+_BACKENDS = Path(__file__).parent / "backends"
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  the place where Triton's Python backend keeps its regions, not a temp file
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class TritonInstallation:
+    """What of Triton was found on this machine.
+
+    Attributes:
+        executable: the `tritonserver` binary.
+        python_backend: folder of the Python backend.
+        stub: the backend's stub for the running Python version.
+        library_folders: folders that the dynamic linker must search.
+    """
+
+    executable: Path
+    python_backend: Path
+    stub: Path
+    library_folders: tuple[Path, ...]
+
+
+def find_triton() -> TritonInstallation:
+    """Find the pip-installed Triton and all that its Python backend needs.
+
+    Raises:
+        SetupError: names what is missing on this machine and how to get it.
+    """
+    if sys.platform != "linux":
+        raise SetupError(f"the embedded Triton: got {sys.platform}, expected Linux; use NVIDIA's Triton container image here")
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise SetupError("the embedded Triton needs nvidia-pytriton: pip install 'stripwire[embedded]'")
+    check_stub_python()
+    package_folder = Path(spec.origin).parent
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    root = package_folder / "tritonserver"
+    stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise SetupError(f"the embedded Triton: nvidia-pytriton has no stub for Python {version}; use Python 3.10 to 3.12")
+    return TritonInstallation(
+        executable=root / "bin" / "tritonserver",
+        python_backend=root / "backends" / "python",
+        stub=stub,
+        library_folders=(package_folder.parent / "nvidia_pytriton.libs", find_libpython(version).parent),
+    )
+
+
+_PROBE = """
+from importlib.util import find_spec
+import json, numpy, sys
+missing = [name for name in ("detector", "onnxruntime") if find_spec(name) is None]
+print(json.dumps({"python": "%d.%d" % sys.version_info[:2], "numpy": numpy.__version__, "missing": missing}))
+"""
+
+
+def check_stub_python() -> None:
+    """Check the Python that Triton's stubs will embed: the first `python3` beside this one, isolated from its environment.
+
+    Raises:
+        SetupError: it lacks a package, is another Python version, or has a NumPy that the stub cannot read.
+    """
+    python = Path(sys.executable).with_name("python3")
+    try:
+        answer = subprocess.run(  # noqa: S603  our own interpreter and code
+            [python, "-I", "-c", _PROBE], capture_output=True, text=True, check=True, timeout=60
+        )
+        found = json.loads(answer.stdout)
+    except FileNotFoundError:
+        raise SetupError(f"the embedded Triton: {python} was not found; run Stripwire from a virtual environment") from None
+    except (subprocess.SubprocessError, ValueError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        raise SetupError(
+            f"the embedded Triton: {python} -I cannot import what the models need ({detail.strip().splitlines()[-1]}); "
+            "pip install 'stripwire[embedded]' in a virtual environment"
+        ) from error
+    check_stub_packages(found["python"], found["numpy"], found["missing"])
+
+
+def check_stub_packages(python: str, numpy: str, missing: list[str]) -> None:
+    """Raise SetupError unless what `check_stub_python` found can run the models."""
+    running = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if python != running:
+        raise SetupError(
+            f"the embedded Triton: the python3 beside {sys.executable} is {python}, expected {running}; run Stripwire from "
+            "a virtual environment"
+        )
+    if missing:
+        raise SetupError(
+            f"the embedded Triton: its Python cannot import {', '.join(missing)}; pip install 'stripwire[embedded]' in a "
+            "virtual environment (a user or --target installation is not seen there)"
+        )
+    if int(numpy.split(".", maxsplit=1)[0]) >= 2:
+        raise SetupError(
+            f"the embedded Triton: got NumPy {numpy}, expected 1.26 (with 2.x its Python backend returns empty tensors "
+            "without an error); pip install 'numpy<2'"
+        )
+
+
+def find_libpython(version: str, folders: tuple[str | None, ...] | None = None) -> Path:
+    """Return the shared library of Python `version` (`3.11`), which the stub links.
+
+    Args:
+        version: major and minor version.
+        folders: where to look; by default where this Python and the system keep libraries.
+
+    Raises:
+        SetupError: there is none.
+    """
+    if folders is None:
+        multiarch = sysconfig.get_config_var("MULTIARCH")
+        folders = (
+            sysconfig.get_config_var("LIBDIR"),
+            str(Path(sys.base_prefix) / "lib"),
+            f"/usr/lib/{multiarch}" if multiarch else None,
+            "/usr/lib/x86_64-linux-gnu",
+            "/usr/lib64",
+            "/usr/lib",
+        )
+    name = f"libpython{version}.so.1.0"
+    for folder in folders:
+        if folder and (path := Path(folder) / name).exists():
+            return path
+    raise SetupError(
+        f"the embedded Triton: {name} was not found, and its Python backend links it; install it (Debian, Ubuntu: "
+        f"apt-get install libpython{version}) or use a Python that was built with --enable-shared"
+    )
+
+
+class EmbeddedTriton:
+    """A `tritonserver` process serving one model repository, as a context manager.
+
+    The repository is verified against its manifest first. Entering waits until every model is ready; leaving stops the
+    server and its Python stubs. Should this process die, the server is told to stop too.
+
+    Args:
+        repository: a model repository written by `stripwire export`.
+        mode: `block` answers one past the last class for a trojaned input, `shadow` only reports the verdict.
+        host: address to listen on. Anything but the loopback address lets other machines call the server.
+        http_port: port of HTTP, 0 for a free one. Likewise `grpc_port` and `metrics_port`.
+        grpc_port: port of gRPC.
+        metrics_port: port of the Prometheus metrics.
+        startup_timeout_seconds: how long the models may take to load.
+
+    Raises:
+        SetupError, RepositoryError, InputError: before anything is started.
+        ServerStartError: with the server's own error lines.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        *,
+        mode: str = "block",
+        host: str = _LOOPBACK,
+        http_port: int = 0,
+        grpc_port: int = 0,
+        metrics_port: int = 0,
+        startup_timeout_seconds: float = 120.0,
+    ) -> None:
+        if mode not in MODES:
+            raise InputError(f"mode: got {mode!r}, expected one of {', '.join(MODES)}")
+        self.repository = repository.resolve()
+        self.mode = mode
+        self.host = host
+        self._ports = choose_ports(host, http_port, grpc_port, metrics_port)
+        self._startup_timeout_seconds = startup_timeout_seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._work_folder: Path | None = None
+        self._region_prefix = f"stripwire-{uuid4().hex[:12]}-"
+
+    @property
+    def http_address(self) -> str:
+        """`host:port` of HTTP."""
+        return self._address(self._ports[0])
+
+    @property
+    def grpc_address(self) -> str:
+        """`host:port` of gRPC."""
+        return self._address(self._ports[1])
+
+    @property
+    def metrics_address(self) -> str:
+        """`host:port` of the Prometheus metrics, path `/metrics`."""
+        return self._address(self._ports[2])
+
+    @property
+    def process_id(self) -> int:
+        """Process id of the running `tritonserver`."""
+        if self._process is None:
+            raise ServerStartError("the embedded Triton is not running")
+        return self._process.pid
+
+    def __enter__(self) -> EmbeddedTriton:
+        verify_repository(self.repository)
+        triton = find_triton()
+        self._work_folder = Path(tempfile.mkdtemp(prefix="stripwire-triton-"))
+        try:
+            self._start(triton, self._work_folder)
+            self._wait_until_ready()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def wait(self) -> int:
+        """Block until the server ends, and return its exit status."""
+        if self._process is None:
+            raise ServerStartError("the embedded Triton is not running")
+        return self._process.wait()
+
+    def server_log(self) -> str:
+        """Return what the server has printed so far."""
+        if self._work_folder is None:
+            return ""
+        return (self._work_folder / "server.log").read_text(encoding="utf-8", errors="replace")
+
+    def _address(self, port: int) -> str:
+        host = _LOOPBACK if self.host == "0.0.0.0" else self.host  # noqa: S104  compared, not bound
+        return f"{host}:{port}"
+
+    def _start(self, triton: TritonInstallation, work_folder: Path) -> None:
+        backends = work_folder / "backends"
+        shutil.copytree(_BACKENDS, backends, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(triton.python_backend, backends / "python", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy2(triton.stub, backends / "python" / triton.stub.name)
+        http_port, grpc_port, metrics_port = (str(port) for port in self._ports)
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("launch.py")),
+            str(os.getpid()),
+            str(triton.executable),
+            f"--model-repository={self.repository}",
+            f"--backend-directory={backends}",
+            f"--backend-config=python,shm-region-prefix-name={self._region_prefix}",
+            "--disable-auto-complete-config",
+            f"--http-address={self.host}",
+            f"--http-port={http_port}",
+            f"--grpc-address={self.host}",
+            f"--grpc-port={grpc_port}",
+            f"--metrics-address={self.host}",
+            f"--metrics-port={metrics_port}",
+            "--allow-gpu-metrics=false",
+            "--exit-timeout-secs=10",
+        ]
+        if self.mode != "block":
+            command.append(f"--model-config-name={self.mode}")
+        with (work_folder / "server.log").open("wb") as log:
+            self._process = subprocess.Popen(  # noqa: S603  our own command line, no shell
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(triton),
+                start_new_session=True,
+            )
+
+    def _wait_until_ready(self) -> None:
+        process = self._process
+        assert process is not None  # noqa: S101  started just before
+        deadline = time.monotonic() + self._startup_timeout_seconds
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise ServerStartError(
+                    f"tritonserver ended with status {process.returncode} while starting:\n{error_lines(self.server_log())}"
+                )
+            if self._answers_ready():
+                return
+            time.sleep(0.1)
+        raise ServerStartError(
+            f"tritonserver was not ready within {self._startup_timeout_seconds:g} seconds:\n{error_lines(self.server_log())}"
+        )
+
+    def _answers_ready(self) -> bool:
+        url = f"http://{self.http_address}/v2/models/guarded/ready"
+        try:
+            with urllib.request.urlopen(url, timeout=1) as answer:  # noqa: S310  http on our own port
+                return int(answer.status) == 200
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            return False
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            family = _family(process.pid)
+            process.terminate()
+            try:
+                process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            _, alive = psutil.wait_procs(family, timeout=5)
+            for survivor in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    survivor.kill()
+        for region in _SHARED_MEMORY.glob(f"{self._region_prefix}*"):
+            region.unlink(missing_ok=True)
+        folder, self._work_folder = self._work_folder, None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def choose_ports(host: str, *wanted: int) -> tuple[int, ...]:
+    """Return `wanted` with every 0 replaced by a free port of `host`, all different.
+
+    Raises:
+        InputError: a port is out of range, asked for twice, or in use; or `host` is not an address of this machine.
+    """
+    ports = []
+    with contextlib.ExitStack() as held:
+        for port in wanted:
+            if not 0 <= port <= 65535:
+                raise InputError(f"port: got {port}, expected 0 (any free one) to 65535")
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            probe = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+                probe.listen(1)
+            except OSError as error:
+                reason = error.strerror or error
+                raise InputError(f"port {port} of {host}: cannot be used ({reason}); choose another, or 0 for a free one") from error
+            ports.append(int(probe.getsockname()[1]))
+    return tuple(ports)
+
+
+_ERROR_LINE = re.compile(r"^E\d{4} |error:|Error:|failed to load|UNAVAILABLE: ")
+
+
+def error_lines(log: str, most: int = 20) -> str:
+    """Return the lines of a Triton log that tell what went wrong; its last lines if none does."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    telling = [line for line in lines if _ERROR_LINE.search(line)]
+    return "\n".join((telling or lines)[-most:]) or "(it printed nothing)"
+
+
+def _environment(triton: TritonInstallation) -> dict[str, str]:
+    environment = dict(os.environ)
+    libraries = [str(folder) for folder in triton.library_folders]
+    if inherited := environment.get("LD_LIBRARY_PATH"):
+        libraries.append(inherited)
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
+    # The stub takes the folders of its Python, and of its virtual environment, from the first `python3` on the path.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    return environment
+
+
+def _family(process_id: int) -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(process_id).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []

@@ -1,0 +1,1 @@
+"""STRIP itself: pure maths, calibration, and what the Triton models delegate to."""

@@ -1,0 +1,171 @@
+"""What the Python-backend models of the repository delegate to.
+
+A stage is an array function with named inputs and outputs. It runs once over all requests that Triton handed over
+together, on the device where the model instance lives.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from detector.errors import RepositoryError
+from detector.strip import Array, entropy_bits, guarded_labels, is_trojaned, perturb, weighted_overlays
+
+MODES = ("block", "shadow")
+
+
+class Stage:
+    """Runs an array function over all requests of a Triton batch.
+
+    Args:
+        pb_utils: Triton's `triton_python_backend_utils`, or a typed stand-in.
+        inputs: names of the input tensors, in the order of the function's arguments.
+        outputs: names of the output tensors, in the order of the function's results.
+        compute: takes one array per input and returns one per output; the first axis of each is the batch.
+        xp: the array namespace in which `compute` works.
+    """
+
+    def __init__(
+        self,
+        pb_utils: Any,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        compute: Callable[..., Sequence[Array]],
+        xp: ModuleType = np,
+    ) -> None:
+        self._pb_utils = pb_utils
+        self._inputs = tuple(inputs)
+        self._outputs = tuple(outputs)
+        self._compute = compute
+        self._xp = xp
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer every request with one InferenceResponse, computing all of them at once."""
+        per_request = [[self._to_array(request, name) for name in self._inputs] for request in requests]
+        if len(per_request) == 1:
+            arrays = per_request[0]
+        else:
+            arrays = [self._xp.concatenate(parts, axis=0) for parts in zip(*per_request, strict=True)]
+        results = self._compute(*arrays)
+        if self._xp is not np:
+            # Triton reads the results on a stream of its own.
+            self._xp.cuda.get_current_stream().synchronize()
+        responses = []
+        start = 0
+        for parts in per_request:
+            stop = start + parts[0].shape[0]
+            tensors = [
+                self._to_tensor(name, result[start:stop])
+                for name, result in zip(self._outputs, results, strict=True)
+            ]
+            responses.append(self._pb_utils.InferenceResponse(output_tensors=tensors))
+            start = stop
+        return responses
+
+    def _to_array(self, request: Any, name: str) -> Array:
+        tensor = self._pb_utils.get_input_tensor_by_name(request, name)
+        if tensor.is_cpu():
+            return self._xp.asarray(tensor.as_numpy())
+        if self._xp is np:
+            import cupy  # a GPU tensor reached an instance on the CPU
+
+            return cupy.asnumpy(cupy.from_dlpack(tensor.to_dlpack()))
+        return self._xp.from_dlpack(tensor.to_dlpack())
+
+    def _to_tensor(self, name: str, array: Array) -> Any:
+        if self._xp is np:
+            return self._pb_utils.Tensor(name, array)
+        return self._pb_utils.Tensor.from_dlpack(name, array)
+
+
+def perturb_stage(args: dict[str, str], pb_utils: Any) -> Stage:
+    """Return the stage of `strip_perturb`: `image` to `perturbations`.
+
+    Args:
+        args: what Triton passes to `initialize`. The version folder holds `overlays.npz`: `overlays`, (perturbations,
+            height, width, channels) uint8, and `alpha`.
+        pb_utils: Triton's `triton_python_backend_utils`.
+
+    Raises:
+        RepositoryError: the overlays are missing or malformed; Triton then refuses to load the model.
+    """
+    xp = _array_namespace(args, pb_utils)
+    path = _version_folder(args) / "overlays.npz"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            overlays, alpha = stored["overlays"], float(stored["alpha"])
+        weighted = xp.asarray(weighted_overlays(overlays, alpha))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise RepositoryError(f"{path}: cannot be used as overlays ({error}); export the model again") from error
+    return Stage(pb_utils, ["image"], ["perturbations"], lambda images: [perturb(images, weighted, alpha, xp=xp)], xp)
+
+
+def entropy_stage(args: dict[str, str], pb_utils: Any) -> Stage:
+    """Return the stage of `strip_entropy`: `sentinel_probabilities` to `entropy`."""
+    xp = _array_namespace(args, pb_utils)
+
+    def compute(probabilities: Array) -> list[Array]:
+        return [entropy_bits(probabilities, xp=xp)[:, None]]
+
+    return Stage(pb_utils, ["sentinel_probabilities"], ["entropy"], compute, xp)
+
+
+def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
+    """Return the stage of `strip_verdict`: `entropy` and `probabilities` to `label` and `trojaned`.
+
+    Args:
+        args: what Triton passes to `initialize`. The version folder holds `calibration.json` with `threshold_bits`; the
+            config's parameter `mode` is `block` or `shadow`.
+        pb_utils: Triton's `triton_python_backend_utils`.
+
+    Raises:
+        RepositoryError: no usable calibration or mode; Triton then refuses to load the model.
+    """
+    xp = _array_namespace(args, pb_utils)
+    threshold_bits = _threshold_bits(_version_folder(args) / "calibration.json")
+    parameters = json.loads(args["model_config"])["parameters"]
+    mode = parameters.get("mode", {}).get("string_value")
+    if mode not in MODES:
+        raise RepositoryError(f"{args['model_name']}: parameter mode is {mode!r}, expected one of {', '.join(MODES)}")
+
+    def compute(entropy: Array, probabilities: Array) -> list[Array]:
+        trojaned = is_trojaned(entropy[:, 0], threshold_bits, xp=xp)
+        # A label read off broken probabilities means nothing: reject the input.
+        trojaned = trojaned | ~xp.all(xp.isfinite(probabilities), axis=-1)
+        labels = guarded_labels(probabilities, trojaned, block=mode == "block", xp=xp)
+        return [labels[:, None], trojaned[:, None]]
+
+    return Stage(pb_utils, ["entropy", "probabilities"], ["label", "trojaned"], compute, xp)
+
+
+def _threshold_bits(path: Path) -> float:
+    try:
+        threshold_bits = float(json.loads(path.read_text(encoding="utf-8"))["threshold_bits"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise RepositoryError(f"{path}: no usable calibration ({error!r}); export the model again") from error
+    if not (np.isfinite(threshold_bits) and threshold_bits >= 0):
+        raise RepositoryError(f"{path}: threshold_bits is {threshold_bits}, expected a finite number of at least 0")
+    return threshold_bits
+
+
+def _version_folder(args: dict[str, str]) -> Path:
+    return Path(args["model_repository"]) / args["model_version"]
+
+
+def _array_namespace(args: dict[str, str], pb_utils: Any) -> ModuleType:
+    """Return CuPy for an instance on a GPU, on that GPU, and NumPy otherwise."""
+    if args["model_instance_kind"] != "GPU":
+        return np
+    try:
+        import cupy
+    except ImportError:
+        pb_utils.Logger.log_warn(f"{args['model_name']}: no CuPy here, so it computes on the CPU; pip install 'stripwire[gpu]'")
+        return np
+    cupy.cuda.Device(int(args["model_instance_device_id"])).use()
+    return cupy  # type: ignore[no-any-return]

@@ -1,0 +1,96 @@
+"""Rates with their sample size and 95 % interval: nothing is reported without both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from detector.errors import InputError
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """`successes` out of `count`, with the exact (Clopper-Pearson 1934) 95 % interval.
+
+    Attributes:
+        successes: how often it happened.
+        count: out of how many; 0 leaves rate and interval undefined (NaN).
+    """
+
+    successes: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.successes <= self.count:
+            raise InputError(f"proportion: got {self.successes} of {self.count}, expected 0 <= successes <= count")
+
+    @property
+    def rate(self) -> float:
+        """The share, 0..1."""
+        return self.successes / self.count if self.count else float("nan")
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """The exact 95 % interval of the rate, (low, high), each 0..1."""
+        if not self.count:
+            return float("nan"), float("nan")
+        interval = stats.binomtest(self.successes, self.count).proportion_ci(CONFIDENCE, method="exact")
+        return float(interval.low), float(interval.high)
+
+    @property
+    def low(self) -> float:
+        """Lower end of the 95 % interval."""
+        return self.interval[0]
+
+    @property
+    def high(self) -> float:
+        """Upper end of the 95 % interval."""
+        return self.interval[1]
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "n/a (n=0)"
+        return f"{100 * self.rate:.1f} % ({100 * self.low:.1f}-{100 * self.high:.1f}, n={self.count})"
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """Return the rate, its interval and what they rest on; undefined figures are null."""
+        if not self.count:
+            return {"rate": None, "low": None, "high": None, "successes": 0, "count": 0}
+        return {
+            "rate": self.rate,
+            "low": self.low,
+            "high": self.high,
+            "successes": self.successes,
+            "count": self.count,
+        }
+
+
+def frr_range(rank: int, count: int) -> tuple[float, float]:
+    """Return the central 95 % range of the FRR when the threshold is the `rank`-th smallest of `count` clean entropies.
+
+    The share of further clean entropies at or under an order statistic is Beta(rank, count + 1 - rank) distributed.
+    """
+    low, high = stats.beta.interval(CONFIDENCE, rank, count + 1 - rank)
+    return float(low), float(high)
+
+
+def auroc(clean_entropies: NDArray[np.floating], trojaned_entropies: NDArray[np.floating]) -> float:
+    """Return the probability that a trojaned input has the lower entropy, ties counting half.
+
+    Args:
+        clean_entropies: (clean,), in bits.
+        trojaned_entropies: (trojaned,), in bits.
+
+    Returns:
+        The area under the ROC curve, 0..1 (Mann-Whitney U over both counts); NaN if either is empty.
+    """
+    if len(clean_entropies) == 0 or len(trojaned_entropies) == 0:
+        return float("nan")
+    u_statistic = stats.mannwhitneyu(clean_entropies, trojaned_entropies).statistic
+    return float(u_statistic / (len(clean_entropies) * len(trojaned_entropies)))

@@ -1,0 +1,191 @@
+"""From Keras to the two ONNX graphs that are served."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from detector.errors import ExportError, InputError
+
+# Read by the onnxruntime of Triton images of the last years.
+OPSET = 15
+IR_VERSION = 8
+
+SCALES = {"unit": 1.0 / 255.0, "raw": 1.0}
+"""What a pixel of 0..255 is multiplied with before the network sees it."""
+
+PARITY_TOLERANCE = 1e-4
+
+
+def check_scale(scale: str) -> None:
+    """Raise InputError unless `scale` names a pixel scale."""
+    if scale not in SCALES:
+        raise InputError(f"scale: got {scale!r}, expected one of {', '.join(SCALES)} (unit: pixel / 255, raw: 0..255)")
+
+
+def to_onnx(model: keras.Model) -> onnx.ModelProto:
+    """Convert a network as it is: scaled float32 pixels in, (batch, height, width, channels); probabilities out."""
+    # Slow to import, and only an export needs them.
+    import tensorflow as tf
+    import tf2onnx
+
+    height, width, channels = model.input_shape[1:]
+    signature = [tf.TensorSpec((None, height, width, channels), tf.float32, name="pixels")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tf2onnx and what it calls warn about themselves
+        # `from_keras` looks outputs up by names that a Sequential of Keras 3 does not have.
+        call = tf.function(lambda pixels: model(pixels, training=False), input_signature=signature)
+        proto, _ = tf2onnx.convert.from_function(call, input_signature=signature, opset=OPSET)
+    return proto
+
+
+def repaired_graph(network: onnx.ModelProto, scale: str) -> onnx.ModelProto:
+    """Return the graph of `repaired`: `image` UINT8 (batch, H, W, C) to `probabilities` FP32 (batch, classes)."""
+    height, width, channels, classes = _dimensions(network)
+    nodes = [
+        helper.make_node("Cast", ["image"], ["stripwire/float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["stripwire/float", "stripwire/scale"], ["stripwire/pixels"]),
+    ]
+    return _wrap(
+        network,
+        name="repaired",
+        graph_input=helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", height, width, channels]),
+        before=nodes,
+        network_output="probabilities",
+        after=[],
+        graph_output=helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", classes]),
+        constants={"stripwire/scale": np.float32(SCALES[scale])},
+    )
+
+
+def sentinel_graph(network: onnx.ModelProto, scale: str) -> onnx.ModelProto:
+    """Return the graph of `badnet`, with the perturbations folded into the batch.
+
+    `perturbations` FP32 (batch, N, H, W, C), 0..255, to `sentinel_probabilities` FP32 (batch, N, classes). The ensemble
+    never sees its batch grow, so dynamic batching works at every step.
+    """
+    height, width, channels, classes = _dimensions(network)
+    before = [
+        helper.make_node("Reshape", ["perturbations", "stripwire/image_shape"], ["stripwire/folded"]),
+        helper.make_node("Mul", ["stripwire/folded", "stripwire/scale"], ["stripwire/pixels"]),
+    ]
+    after = [
+        helper.make_node("Shape", ["perturbations"], ["stripwire/batch_and_n"], start=0, end=2),
+        helper.make_node("Concat", ["stripwire/batch_and_n", "stripwire/classes"], ["stripwire/shape"], axis=0),
+        helper.make_node("Reshape", ["stripwire/rows", "stripwire/shape"], ["sentinel_probabilities"]),
+    ]
+    return _wrap(
+        network,
+        name="badnet",
+        graph_input=helper.make_tensor_value_info(
+            "perturbations", TensorProto.FLOAT, ["batch", "perturbation", height, width, channels]
+        ),
+        before=before,
+        network_output="stripwire/rows",
+        after=after,
+        graph_output=helper.make_tensor_value_info(
+            "sentinel_probabilities", TensorProto.FLOAT, ["batch", "perturbation", classes]
+        ),
+        constants={
+            "stripwire/image_shape": np.array([-1, height, width, channels], dtype=np.int64),
+            "stripwire/scale": np.float32(SCALES[scale]),
+            "stripwire/classes": np.array([classes], dtype=np.int64),
+        },
+    )
+
+
+def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """Return a CPU session on `model`, as exact as Triton's."""
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def check_parity(model: keras.Model, graph: onnx.ModelProto, images: NDArray[np.uint8], scale: str, name: str) -> float:
+    """Compare a served graph with its Keras network on real images.
+
+    Args:
+        model: the Keras network.
+        graph: what `repaired_graph` or `sentinel_graph` made of it.
+        images: (batch, height, width, channels), uint8.
+        scale: `unit` or `raw`.
+        name: what the network is called in a message.
+
+    Returns:
+        The largest absolute difference between two probabilities.
+
+    Raises:
+        ExportError: they differ by more than 1e-4, disagree on a label, or do not return probabilities.
+    """
+    expected = model.predict(images.astype(np.float32) * np.float32(SCALES[scale]), batch_size=64, verbose=0)
+    check_probabilities(expected, name)
+    session = open_session(graph)
+    if session.get_inputs()[0].name == "image":
+        (got,) = session.run(None, {"image": images})
+    else:
+        (got,) = session.run(None, {"perturbations": images[:, None].astype(np.float32)})
+        got = got[:, 0]
+    difference = float(np.max(np.abs(expected - got)))
+    disagreements = int(np.count_nonzero(expected.argmax(axis=-1) != got.argmax(axis=-1)))
+    if not difference <= PARITY_TOLERANCE or disagreements:
+        raise ExportError(
+            f"{name}: the ONNX graph does not do what the Keras network does: probabilities differ by up to "
+            f"{difference:.2g} (expected at most {PARITY_TOLERANCE:g}) and {disagreements} of {len(images)} labels differ; "
+            "nothing was exported"
+        )
+    return difference
+
+
+def check_probabilities(rows: NDArray[np.floating[Any]], name: str) -> None:
+    """Raise ExportError unless every row of `rows`, (batch, classes), is a probability distribution."""
+    sums = rows.sum(axis=-1)
+    if not (np.isfinite(rows).all() and (rows >= 0).all() and np.allclose(sums, 1.0, atol=1e-3)):
+        raise ExportError(
+            f"{name}: its outputs are no probabilities (rows sum to {sums.min():.4g}..{sums.max():.4g}, smallest value "
+            f"{rows.min():.4g}), expected a network that ends in softmax; add a softmax to it"
+        )
+
+
+def _dimensions(network: onnx.ModelProto) -> tuple[int, int, int, int]:
+    pixels = [dimension.dim_value for dimension in network.graph.input[0].type.tensor_type.shape.dim]
+    rows = [dimension.dim_value for dimension in network.graph.output[0].type.tensor_type.shape.dim]
+    return pixels[1], pixels[2], pixels[3], rows[1]
+
+
+def _wrap(
+    network: onnx.ModelProto,
+    *,
+    name: str,
+    graph_input: onnx.ValueInfoProto,
+    before: list[onnx.NodeProto],
+    network_output: str,
+    after: list[onnx.NodeProto],
+    graph_output: onnx.ValueInfoProto,
+    constants: dict[str, Any],
+) -> onnx.ModelProto:
+    """Put `before` and `after` around the network: its input becomes `stripwire/pixels`, its output `network_output`."""
+    renamed = {network.graph.input[0].name: "stripwire/pixels", network.graph.output[0].name: network_output}
+    inner = []
+    for node in network.graph.node:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.input[:] = [renamed.get(tensor, tensor) for tensor in copy.input]
+        copy.output[:] = [renamed.get(tensor, tensor) for tensor in copy.output]
+        inner.append(copy)
+    initializers = [numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()]
+    graph = helper.make_graph(
+        [*before, *inner, *after],
+        name,
+        [graph_input],
+        [graph_output],
+        initializer=[*network.graph.initializer, *initializers],
+    )
+    opsets = list(network.opset_import)
+    model = helper.make_model(graph, producer_name="stripwire", opset_imports=opsets, ir_version=IR_VERSION)
+    onnx.checker.check_model(model, full_check=True)
+    return model

@@ -1,0 +1,287 @@
+"""The whole export: a suspicious Keras model and clean data in, a model repository out."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from detector.calibration import Calibration, calibrate, fixed_threshold
+from detector.errors import CalibrationError, DataError, InputError
+from detector.statistics import Proportion
+from detector.strip import check_alpha, entropy_bits, perturb, weighted_overlays
+from exporter.convert import SCALES, check_parity, check_scale, open_session, repaired_graph, sentinel_graph, to_onnx
+from exporter.keras_files import load_model
+from exporter.repair import Repair, RepairOptions, fine_prune, predict_labels
+from exporter.repository import ServedModel, check_output, write_repository
+from model_repository.manifest import sha256_of
+from samples.hdf5 import check_labels, read_hdf5
+from samples.types import Samples
+
+Progress = Callable[[str, int, int], None]
+
+_SCALE_IMAGES = 1000
+_PARITY_IMAGES = 256
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        scale: what the network expects of pixels: `unit` (pixel / 255) or `raw` (0..255).
+        architecture: of a file that holds weights only, such as `deepid`.
+        repair: how to repair.
+        overlays: how many perturbations STRIP makes of an input.
+        alpha: weight of the input in the blend; the overlay gets 1 - alpha.
+        target_frr: false rejection rate that the threshold aims at, 0..1; not used with `threshold_bits`.
+        threshold_bits: a threshold to use as it is, in bits.
+        seed: of the split and of everything random in the repair.
+    """
+
+    scale: str = "unit"
+    architecture: str | None = None
+    repair: RepairOptions = field(default_factory=RepairOptions)
+    overlays: int = 10
+    alpha: float = 0.5
+    target_frr: float = 0.05
+    threshold_bits: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an option that makes no sense."""
+        check_scale(self.scale)
+        check_alpha(self.alpha)
+        if not 1 <= self.overlays <= 1000:
+            raise InputError(f"overlays: got {self.overlays}, expected 1 to 1000 (10 is usual)")
+        if not 0.0 < self.target_frr < 1.0:
+            raise InputError(f"target FRR: got {self.target_frr}, expected a rate between 0 and 1 (0.05 rejects 5 % of clean inputs)")
+        if self.threshold_bits is not None and not 0.0 <= self.threshold_bits < float("inf"):
+            raise InputError(f"threshold: got {self.threshold_bits} bits, expected a finite number of at least 0")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Clean data, each image in one part only."""
+
+    overlays: Samples
+    calibration: Samples
+    validation: Samples
+    repair: Samples
+
+    def sizes(self) -> dict[str, int]:
+        """Return how many images each part has."""
+        return {name: len(part) for name, part in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export did.
+
+    Attributes:
+        output: the model repository.
+        version: the number of the version that was written.
+        repair: the rounds of the repair.
+        calibration: the threshold and what it rests on.
+        split_sizes: how many clean images went where.
+        provenance: what the manifest says of this version.
+    """
+
+    output: Path
+    version: str
+    repair: Repair
+    calibration: Calibration
+    split_sizes: dict[str, int]
+    provenance: dict[str, Any]
+
+
+def export(
+    model_path: Path,
+    clean_path: Path,
+    output: Path,
+    options: ExportOptions,
+    *,
+    attack_path: Path | None = None,
+    on_progress: Progress | None = None,
+) -> Export:
+    """Repair, convert, calibrate and write a model repository.
+
+    Args:
+        model_path: the suspicious Keras model; nothing in the file is run.
+        clean_path: clean labelled images, official HDF5 layout.
+        output: the model repository: a new folder, or one to which a version is added.
+        options: how to export.
+        attack_path: trojaned images, if any are at hand; they end the repair as soon as the attack fails.
+        on_progress: told what is going on, steps done and steps in all.
+
+    Raises:
+        StripwireError: the input cannot be used, the sample is too small, or a check failed; nothing was written then.
+    """
+    model = load_model(model_path, architecture=options.architecture)
+    image_shape, classes = tuple(model.input_shape[1:]), int(model.output_shape[-1])
+    check_output(output, image_shape, classes)
+    clean = _read(clean_path, image_shape, classes, on_progress)
+    attack = None if attack_path is None else _read(attack_path, image_shape, classes, on_progress)
+    check_accuracy(model, clean, options.scale, options.seed)
+    split = split_clean(clean, options)
+
+    repair = fine_prune(
+        model,
+        split.repair,
+        split.validation,
+        scale=options.scale,
+        options=options.repair,
+        attack=attack,
+        on_progress=on_progress,
+    )
+
+    parity_images = np.concatenate([split.overlays.images, split.validation.images])[:_PARITY_IMAGES]
+    badnet = sentinel_graph(to_onnx(model), options.scale)
+    repaired = repaired_graph(to_onnx(repair.model), options.scale)
+    parity = {
+        "badnet": check_parity(model, badnet, parity_images, options.scale, "original network"),
+        "repaired": check_parity(repair.model, repaired, parity_images, options.scale, "repaired network"),
+    }
+
+    session = open_session(badnet)
+    entropies = measure_entropies(session, split.calibration.images, split.overlays.images, options.alpha, on_progress)
+    calibration = (
+        calibrate(entropies, options.target_frr)
+        if options.threshold_bits is None
+        else fixed_threshold(entropies, options.threshold_bits)
+    )
+
+    inputs = {"model": model_path, "clean": clean_path} | ({} if attack_path is None else {"attack": attack_path})
+    provenance = {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "inputs": {name: {"file": path.name, "sha256": sha256_of(path)} for name, path in inputs.items()},
+        "options": asdict(options),
+        "split_sizes": split.sizes(),
+        "accuracy": {
+            name: _accuracy(net, split.validation, options.scale).to_json()
+            for name, net in (("original_validation", model), ("repaired_validation", repair.model))
+        },
+        "repair": repair.to_json(),
+        "calibration": asdict(calibration),
+        "parity_max_difference": parity,
+        "versions": _versions(),
+    }
+    served = ServedModel(badnet, repaired, split.overlays.images, options.alpha, calibration, classes, provenance)
+    number = write_repository(output, served)
+    return Export(output, number, repair, calibration, split.sizes(), provenance)
+
+
+def check_accuracy(model: keras.Model, clean: Samples, scale: str, seed: int) -> None:
+    """Check on clean samples that the network is fed as it was trained.
+
+    Raises:
+        DataError: at this scale the network is not better than chance, or clearly worse than at another one; the message
+            has the accuracy at each.
+    """
+    chosen = np.random.default_rng(seed).permutation(len(clean))[:_SCALE_IMAGES]
+    sample = clean.take(chosen)
+    accuracies = {name: _accuracy(model, sample, name) for name in SCALES}
+    chance = 1.0 / model.output_shape[-1]
+    table = ", ".join(f"{name}: {result}" for name, result in accuracies.items())
+    best = max(accuracies, key=lambda name: accuracies[name].rate)
+    if accuracies[best].low <= chance:
+        raise DataError(
+            f"clean data: the network's accuracy on it is near chance ({chance:.2%}) at every scale ({table}); expected "
+            "images and labels of the task that the network was trained for"
+        )
+    if accuracies[scale].high < accuracies[best].low:
+        raise DataError(
+            f"scale: got {scale}, at which the network's accuracy on clean data is much lower than at {best} ({table}); "
+            f"use --scale {best}"
+        )
+
+
+def split_clean(clean: Samples, options: ExportOptions) -> Split:
+    """Split clean samples at random into overlays, calibration, validation and repair, which share no image.
+
+    Identical images count as one: copies of an overlay or of a calibration image would make the sample dependent.
+
+    Raises:
+        CalibrationError: too few distinct images for all parts.
+    """
+    digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in clean.images]
+    _, distinct = np.unique(digests, return_index=True)
+    order = np.random.default_rng(options.seed).permutation(np.sort(distinct))
+    count = len(order) - options.overlays
+    shares = (0.2, 0.15) if options.repair.method != "none" else (0.8, 0.2)
+    calibration, validation = (int(count * share) for share in shares)
+    least = 2
+    if count < least or min(calibration, validation) < least:
+        raise CalibrationError(
+            f"clean data: got {len(order)} distinct images, too few for {options.overlays} overlays, calibration, "
+            f"validation and repair; expected at least {options.overlays + 20}"
+        )
+    ends = np.cumsum([options.overlays, calibration, validation])
+    overlays, calibrating, validating, repairing = (clean.take(part) for part in np.split(order, ends))
+    return Split(overlays, calibrating, validating, repairing)
+
+
+def measure_entropies(
+    session: onnxruntime.InferenceSession,
+    images: NDArray[np.uint8],
+    overlays: NDArray[np.uint8],
+    alpha: float,
+    on_progress: Progress | None = None,
+) -> NDArray[np.float32]:
+    """Return STRIP's entropy of each image, computed as the server computes it.
+
+    Args:
+        session: on the sentinel's graph.
+        images: (images, height, width, channels), uint8.
+        overlays: (perturbations, height, width, channels), uint8.
+        alpha: weight of the input in the blend.
+        on_progress: told about every batch.
+
+    Returns:
+        (images,), float32, in bits.
+    """
+    weighted = weighted_overlays(overlays, alpha)
+    entropies = []
+    for start in range(0, len(images), _BATCH):
+        perturbations = perturb(images[start : start + _BATCH], weighted, alpha)
+        (probabilities,) = session.run(None, {"perturbations": perturbations})
+        entropies.append(entropy_bits(probabilities))
+        if on_progress is not None:
+            on_progress("Calibrating STRIP", min(start + _BATCH, len(images)), len(images))
+    return np.concatenate(entropies) if entropies else np.empty(0, dtype=np.float32)
+
+
+def _read(path: Path, image_shape: tuple[int, ...], classes: int, on_progress: Progress | None) -> Samples:
+    def report(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(f"Reading {path.name}", done, total)
+
+    samples = read_hdf5(path, on_progress=report)
+    if samples.images.shape[1:] != image_shape:
+        raise DataError(
+            f"{path}: got images of height, width, channels {samples.images.shape[1:]}, expected {image_shape} as the "
+            "network takes them"
+        )
+    check_labels(samples, classes, path)
+    return samples
+
+
+def _accuracy(model: keras.Model, samples: Samples, scale: str) -> Proportion:
+    correct = predict_labels(model, samples.images, scale) == samples.labels
+    return Proportion(int(np.count_nonzero(correct)), len(samples))
+
+
+def _versions() -> dict[str, str]:
+    packages = ("stripwire", "keras", "numpy", "onnx", "onnxruntime", "tf2onnx")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -1,0 +1,89 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from detector.errors import InputError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` when the block ends, and vanishes if it raises.
+
+    Args:
+        target: the folder to appear; its parents are made.
+        replace: let `target` exist, and be replaced in one step.
+
+    Raises:
+        InputError: `target` exists (without `replace`), is no folder, or cannot be written.
+    """
+    target = target.resolve()
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: is a file, expected a folder that Stripwire may write")
+    if target.exists() and not replace and any(target.iterdir()):
+        raise InputError(f"{target}: exists and is not empty, expected a new folder; choose another or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A sibling, so that a rename is enough; hidden, so that nobody takes it for a result.
+        staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror}); choose a folder that you may write") from error
+    try:
+        staged.chmod(0o755)
+        yield staged
+        _publish(staged, target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _publish(staged: Path, target: Path) -> None:
+    """Move `staged` to `target` in one step; what was there lies at `staged` afterwards."""
+    for path in staged.rglob("*"):
+        _flush(path)
+    _flush(staged)
+    try:
+        staged.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise InputError(
+                f"{target}: cannot be put in place ({error.strerror}); a mounted folder cannot be replaced, "
+                "choose a folder inside it"
+            ) from error
+        _exchange(staged, target)
+    _flush(target.parent)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two folders atomically, Linux `renameat2(RENAME_EXCHANGE)`; in two renames where that is not to be had."""
+    with contextlib.suppress(AttributeError):
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        if rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+            return
+        if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):
+            code = ctypes.get_errno()
+            raise InputError(
+                f"{second}: cannot be replaced ({os.strerror(code)}); a mounted folder cannot be, choose a folder inside it"
+            )
+    aside = second.with_name(f".{second.name}.old-{os.getpid()}")
+    second.rename(aside)
+    first.rename(second)
+    aside.rename(first)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,98 @@
+"""The manifest of a model repository: what it must consist of, and where that came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from detector.errors import RepositoryError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = 1
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_manifest(repository: Path, versions: dict[str, Any]) -> None:
+    """Write `manifest.json` over all files that lie in `repository` now.
+
+    Args:
+        repository: the model repository, complete but for its manifest.
+        versions: the provenance of each version, by version number.
+    """
+    files = {name: sha256_of(repository / name) for name in sorted(_files(repository))}
+    manifest = {"format": FORMAT, "versions": versions, "files": files}
+    text = json.dumps(manifest, indent=2, sort_keys=False) + "\n"
+    (repository / MANIFEST_NAME).write_text(text, encoding="utf-8")
+
+
+def read_manifest(repository: Path) -> dict[str, Any]:
+    """Return the manifest of `repository`, unverified.
+
+    Raises:
+        RepositoryError: there is no manifest, or none that this version of Stripwire understands.
+    """
+    path = repository / MANIFEST_NAME
+    if not repository.is_dir():
+        raise RepositoryError(f"{repository}: no such folder, expected a model repository written by `stripwire export`")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RepositoryError(
+            f"{repository}: has no {MANIFEST_NAME}, expected a model repository written by `stripwire export`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RepositoryError(f"{path}: cannot be read ({error}); export the repository again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise RepositoryError(f"{path}: got manifest format {got!r}, expected {FORMAT}; export the repository again")
+    if not (isinstance(manifest.get("files"), dict) and isinstance(manifest.get("versions"), dict) and manifest["versions"]):
+        raise RepositoryError(f"{path}: lists no files or versions; export the repository again")
+    return manifest
+
+
+def verify_repository(repository: Path) -> dict[str, Any]:
+    """Check every file of `repository` against its manifest, and return the manifest.
+
+    Raises:
+        RepositoryError: a file is missing, was altered, or is not listed. Such a repository must not be served.
+    """
+    manifest = read_manifest(repository)
+    listed: dict[str, str] = manifest["files"]
+    present = set(_files(repository))
+    problems = [f"{name} is missing" for name in sorted(listed.keys() - present)]
+    problems += [f"{name} is not listed" for name in sorted(present - listed.keys())]
+    problems += [
+        f"{name} was altered" for name in sorted(listed.keys() & present) if sha256_of(repository / name) != listed[name]
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise RepositoryError(
+            f"{repository}: does not match its {MANIFEST_NAME}: {shown}. It is not served; restore it or export it again"
+        )
+    return manifest
+
+
+def latest_version(manifest: dict[str, Any]) -> str:
+    """Return the highest version number in `manifest`, the one that Triton serves."""
+    return max(manifest["versions"], key=int)
+
+
+def _files(repository: Path) -> list[str]:
+    names = []
+    for folder, subfolders, files in os.walk(repository):
+        for name in (*files, *(sub for sub in subfolders if (Path(folder) / sub).is_symlink())):
+            relative = (Path(folder) / name).relative_to(repository).as_posix()
+            if relative != MANIFEST_NAME:
+                names.append(relative)
+    return names

@@ -1,0 +1,1 @@
+"""Labelled images: read from files, or generated (procedural faces with triggers)."""
