@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import grpc
 import numpy as np
 from numpy.typing import NDArray
-from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential_jitter
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential, wait_random
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
@@ -457,7 +457,8 @@ class GuardedClient:
         retrying = Retrying(
             retry=retry_if_exception(_is_unavailable),
             stop=is_enough,
-            wait=wait_exponential_jitter(_FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS, jitter=_FIRST_BACKOFF_SECONDS),
+            wait=wait_exponential(_FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS)
+            + wait_random(0, _FIRST_BACKOFF_SECONDS),
             sleep=self._sleep,
             reraise=True,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,8 @@ class Calibration:
         threshold_bits: inputs whose entropy is at or under it are rejected.
         method: `quantile` (from a target FRR) or `fixed` (given by the user).
         target_frr: the false rejection rate asked for, 0..1; None when the threshold was given.
-        calibration_frr: share of the calibration images that the threshold rejects. For `quantile` it is chosen on those
-            very images, so it is not an estimate; `frr_low` and `frr_high` are the honest statement.
+        calibration_frr: share of the calibration images that the threshold rejects. For `quantile` it is chosen on
+            those very images, so it is not an estimate; `frr_low` and `frr_high` are the honest statement.
         frr_low: lower end of the 95 % range for the FRR on further clean images.
         frr_high: upper end of it.
         images: how many clean images the statement rests on.
@@ -36,12 +37,12 @@ class Calibration:
     images: int
 
 
-def calibrate(entropies: NDArray[np.floating], target_frr: float) -> Calibration:
+def calibrate(entropies: NDArray[np.floating[Any]], target_frr: float) -> Calibration:
     """Choose the threshold whose false rejection rate is at most `target_frr` on average.
 
     With n exchangeable clean entropies, the k-th smallest of them rejects a further clean input (`H <= threshold`) with
-    probability k / (n + 1) on average over calibration samples, and with a Beta(k, n + 1 - k) distributed one given this
-    sample. k is the largest rank that keeps k / (n + 1) <= target_frr. (The order statistic of split conformal
+    probability k / (n + 1) on average over calibration samples, and with a Beta(k, n + 1 - k) distributed one given
+    this sample. k is the largest rank that keeps k / (n + 1) <= target_frr. (The order statistic of split conformal
     prediction; Vovk et al., "Algorithmic Learning in a Random World", 2005.)
 
     Args:
@@ -53,30 +54,32 @@ def calibrate(entropies: NDArray[np.floating], target_frr: float) -> Calibration
         CalibrationError: too few images for the target, or an entropy that is not finite.
     """
     if not 0.0 < target_frr < 1.0:
-        raise InputError(f"target FRR: got {target_frr}, expected a rate between 0 and 1 (0.05 rejects 5 % of clean inputs)")
+        raise InputError(
+            f"target FRR: got {target_frr}, expected a rate between 0 and 1 (0.05 rejects 5 % of clean inputs)"
+        )
     _check_finite(entropies)
     count = len(entropies)
     rank = math.floor(target_frr * (count + 1) + 1e-9)
     if rank < 1:
         needed = math.ceil(1 / target_frr) - 1
         raise CalibrationError(
-            f"target FRR: got {target_frr:g} with {count} clean calibration images, expected at least {needed} images for "
-            "it; give more clean images, or a higher target FRR"
+            f"target FRR: got {target_frr:g} with {count} clean calibration images, expected at least {needed} images "
+            "for it; give more clean images, or a higher target FRR"
         )
     ordered = np.sort(entropies)
     threshold = float(ordered[rank - 1])
     rejected = int(np.count_nonzero(entropies <= threshold))
     if rejected / (count + 1) > target_frr:  # ties at the threshold: every one of them would be rejected
         raise CalibrationError(
-            f"target FRR: {rejected} of {count} calibration images have an entropy of at most {threshold:.6g} bits, so no "
-            f"threshold can reject as few as {target_frr:.1%} of clean inputs; the network answers them alike whatever is "
-            "blended in. Choose another --alpha or more overlays"
+            f"target FRR: {rejected} of {count} calibration images have an entropy of at most {threshold:.6g} bits, so "
+            f"no threshold can reject as few as {target_frr:.1%}; the network answers them alike whatever is blended in. "
+            "Choose another --alpha or more overlays"
         )
     low, high = frr_range(rank, count)
     return Calibration(threshold, "quantile", target_frr, rejected / count, low, high, count)
 
 
-def fixed_threshold(entropies: NDArray[np.floating], threshold_bits: float) -> Calibration:
+def fixed_threshold(entropies: NDArray[np.floating[Any]], threshold_bits: float) -> Calibration:
     """Return what clean images say about a threshold that was given.
 
     Args:
@@ -94,12 +97,12 @@ def fixed_threshold(entropies: NDArray[np.floating], threshold_bits: float) -> C
     return Calibration(float(threshold_bits), "fixed", None, frr.rate, frr.low, frr.high, frr.count)
 
 
-def _check_finite(entropies: NDArray[np.floating]) -> None:
+def _check_finite(entropies: NDArray[np.floating[Any]]) -> None:
     if len(entropies) == 0:
         raise CalibrationError("calibration: got no clean images, expected at least one")
     broken = int(np.count_nonzero(~np.isfinite(entropies)))
     if broken:
         raise CalibrationError(
-            f"calibration: {broken} of {len(entropies)} clean images have an entropy that is not finite, expected none; "
-            "the sentinel network does not return probabilities for them"
+            f"calibration: {broken} of {len(entropies)} clean images have an entropy that is not finite, expected "
+            "none; the sentinel network does not return probabilities for them"
         )

@@ -7,6 +7,7 @@ together, on the device where the model instance lives.
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -61,8 +62,7 @@ class Stage:
         for parts in per_request:
             stop = start + parts[0].shape[0]
             tensors = [
-                self._to_tensor(name, result[start:stop])
-                for name, result in zip(self._outputs, results, strict=True)
+                self._to_tensor(name, result[start:stop]) for name, result in zip(self._outputs, results, strict=True)
             ]
             responses.append(self._pb_utils.InferenceResponse(output_tensors=tensors))
             start = stop
@@ -98,10 +98,10 @@ def perturb_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     xp = _array_namespace(args, pb_utils)
     path = _version_folder(args) / "overlays.npz"
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             overlays, alpha = stored["overlays"], float(stored["alpha"])
         weighted = xp.asarray(weighted_overlays(overlays, alpha))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise RepositoryError(f"{path}: cannot be used as overlays ({error}); export the model again") from error
     return Stage(pb_utils, ["image"], ["perturbations"], lambda images: [perturb(images, weighted, alpha, xp=xp)], xp)
 
@@ -165,7 +165,9 @@ def _array_namespace(args: dict[str, str], pb_utils: Any) -> ModuleType:
     try:
         import cupy
     except ImportError:
-        pb_utils.Logger.log_warn(f"{args['model_name']}: no CuPy here, so it computes on the CPU; pip install 'stripwire[gpu]'")
+        pb_utils.Logger.log_warn(
+            f"{args['model_name']}: no CuPy here, so it computes on the CPU; pip install 'stripwire[gpu]'"
+        )
         return np
     cupy.cuda.Device(int(args["model_instance_device_id"])).use()
     return cupy  # type: ignore[no-any-return]

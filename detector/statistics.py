@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from detector.errors import InputError
@@ -78,19 +76,3 @@ def frr_range(rank: int, count: int) -> tuple[float, float]:
     """
     low, high = stats.beta.interval(CONFIDENCE, rank, count + 1 - rank)
     return float(low), float(high)
-
-
-def auroc(clean_entropies: NDArray[np.floating], trojaned_entropies: NDArray[np.floating]) -> float:
-    """Return the probability that a trojaned input has the lower entropy, ties counting half.
-
-    Args:
-        clean_entropies: (clean,), in bits.
-        trojaned_entropies: (trojaned,), in bits.
-
-    Returns:
-        The area under the ROC curve, 0..1 (Mann-Whitney U over both counts); NaN if either is empty.
-    """
-    if len(clean_entropies) == 0 or len(trojaned_entropies) == 0:
-        return float("nan")
-    u_statistic = stats.mannwhitneyu(clean_entropies, trojaned_entropies).statistic
-    return float(u_statistic / (len(clean_entropies) * len(trojaned_entropies)))

@@ -1,4 +1,4 @@
-"""STRIP: is the prediction still the same whatever is blended in?
+"""STRIP: a prediction that stays the same whatever is blended in is suspicious.
 
 Gao et al., "STRIP: A Defence Against Trojan Attacks on Deep Neural Networks", ACSAC 2019. Arrays in, arrays out, on any
 array namespace `xp` that follows the array API (NumPy, CuPy). Nothing here knows the size of an image or the number of
@@ -46,14 +46,16 @@ def weighted_overlays(overlays: Array, alpha: float, *, xp: ModuleType = np) -> 
 def check_alpha(alpha: float) -> None:
     """Raise InputError unless 0 < `alpha` < 1."""
     if not 0.0 < alpha < 1.0:
-        raise InputError(f"alpha: got {alpha}, expected the input's weight in the blend, between 0 and 1 (0.5 is usual)")
+        raise InputError(
+            f"alpha: got {alpha}, expected the input's weight in the blend, between 0 and 1 (0.5 is usual)"
+        )
 
 
 def perturb(images: Array, weighted: Array, alpha: float, *, xp: ModuleType = np) -> Array:
     """Blend every image with every overlay: `alpha * image + (1 - alpha) * overlay`.
 
-    Neither rounded nor clipped: both weights are positive and sum to one, so the blend stays within 0..255, and it stays
-    linear in the image. STRIP paper, section 4.2; the source report uses alpha = 0.5.
+    Neither rounded nor clipped: both weights are positive and sum to one, so the blend stays within 0..255, and it
+    stays linear in the image. STRIP paper, section 4.2; the source report uses alpha = 0.5.
 
     Args:
         images: (batch, height, width, channels), uint8, 0..255.
@@ -71,9 +73,9 @@ def perturb(images: Array, weighted: Array, alpha: float, *, xp: ModuleType = np
 def entropy_bits(probabilities: Array, *, xp: ModuleType = np) -> Array:
     """Return the mean Shannon entropy of the predictions for each input's perturbations.
 
-    `H = (1/N) * sum_n ( - sum_i y_i log2 y_i )`, STRIP paper, equations 3 and 4: summed over the classes (the last axis),
-    averaged over the perturbations (the axis before it). 0 log 0 is 0. A probability that is not a number, or negative,
-    makes the input's entropy not-a-number, which `is_trojaned` rejects.
+    `H = (1/N) * sum_n ( - sum_i y_i log2 y_i )`, STRIP paper, equations 3 and 4: summed over the classes (the last
+    axis), averaged over the perturbations (the axis before it). 0 log 0 is 0. A probability that is not a number,
+    or negative, makes the input's entropy not-a-number, which `is_trojaned` rejects.
 
     Args:
         probabilities: (batch, perturbations, classes), float32; each row over the classes sums to one.

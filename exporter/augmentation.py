@@ -16,7 +16,9 @@ SIDE_SHARE = (0.1, 0.5)
 
 
 def occlude(images: NDArray[np.uint8], generator: np.random.Generator) -> NDArray[np.uint8]:
-    """Return the images, each with none to three random rectangles over it: flat colour, noise, or a piece of another image.
+    """Return the images, each under none to three random rectangles.
+
+    A rectangle is a flat colour, noise, or a piece of another image of the batch.
 
     Args:
         images: (batch, height, width, channels), uint8, 0..255; not changed.

@@ -43,6 +43,7 @@ def to_onnx(model: keras.Model) -> onnx.ModelProto:
         # `from_keras` looks outputs up by names that a Sequential of Keras 3 does not have.
         call = tf.function(lambda pixels: model(pixels, training=False), input_signature=signature)
         proto, _ = tf2onnx.convert.from_function(call, input_signature=signature, opset=OPSET)
+    assert isinstance(proto, onnx.ModelProto)  # noqa: S101  tf2onnx is untyped
     return proto
 
 
@@ -135,8 +136,8 @@ def check_parity(model: keras.Model, graph: onnx.ModelProto, images: NDArray[np.
     if not difference <= PARITY_TOLERANCE or disagreements:
         raise ExportError(
             f"{name}: the ONNX graph does not do what the Keras network does: probabilities differ by up to "
-            f"{difference:.2g} (expected at most {PARITY_TOLERANCE:g}) and {disagreements} of {len(images)} labels differ; "
-            "nothing was exported"
+            f"{difference:.2g} (expected at most {PARITY_TOLERANCE:g}) and {disagreements} of {len(images)} labels "
+            "differ; nothing was exported"
         )
     return difference
 
@@ -168,7 +169,7 @@ def _wrap(
     graph_output: onnx.ValueInfoProto,
     constants: dict[str, Any],
 ) -> onnx.ModelProto:
-    """Put `before` and `after` around the network: its input becomes `stripwire/pixels`, its output `network_output`."""
+    """Put `before` and `after` around the network, which reads `stripwire/pixels` and writes `network_output`."""
     renamed = {network.graph.input[0].name: "stripwire/pixels", network.graph.output[0].name: network_output}
     inner = []
     for node in network.graph.node:

@@ -66,7 +66,9 @@ class ExportOptions:
         if not 1 <= self.overlays <= 1000:
             raise InputError(f"overlays: got {self.overlays}, expected 1 to 1000 (10 is usual)")
         if not 0.0 < self.target_frr < 1.0:
-            raise InputError(f"target FRR: got {self.target_frr}, expected a rate between 0 and 1 (0.05 rejects 5 % of clean inputs)")
+            raise InputError(
+                f"target FRR: got {self.target_frr}, expected a rate between 0 and 1 (0.05 rejects 5 % of clean inputs)"
+            )
         if self.threshold_bits is not None and not 0.0 <= self.threshold_bits < float("inf"):
             raise InputError(f"threshold: got {self.threshold_bits} bits, expected a finite number of at least 0")
 
@@ -186,8 +188,8 @@ def check_accuracy(model: keras.Model, clean: Samples, scale: str, seed: int) ->
     """Check on clean samples that the network is fed as it was trained.
 
     Raises:
-        DataError: at this scale the network is not better than chance, or clearly worse than at another one; the message
-            has the accuracy at each.
+        DataError: at this scale the network is not better than chance, or clearly worse than at another one; the
+            message has the accuracy at each.
     """
     chosen = np.random.default_rng(seed).permutation(len(clean))[:_SCALE_IMAGES]
     sample = clean.take(chosen)
@@ -197,13 +199,13 @@ def check_accuracy(model: keras.Model, clean: Samples, scale: str, seed: int) ->
     best = max(accuracies, key=lambda name: accuracies[name].rate)
     if accuracies[best].low <= chance:
         raise DataError(
-            f"clean data: the network's accuracy on it is near chance ({chance:.2%}) at every scale ({table}); expected "
-            "images and labels of the task that the network was trained for"
+            f"clean data: the network's accuracy on it is near chance ({chance:.2%}) at every scale ({table}); "
+            "expected images and labels of the task that the network was trained for"
         )
     if accuracies[scale].high < accuracies[best].low:
         raise DataError(
-            f"scale: got {scale}, at which the network's accuracy on clean data is much lower than at {best} ({table}); "
-            f"use --scale {best}"
+            f"scale: got {scale}, at which the network's accuracy on clean data is much lower than at {best} "
+            f"({table}); use --scale {best}"
         )
 
 

@@ -110,11 +110,14 @@ def read_json(text: str | bytes) -> object:
 
 
 def parameter_count(layer: LayerConfig, input_shape: Sequence[int]) -> int:
-    """Return how many weights `layer` will have, so that absurd ones are refused before memory is taken.
+    """Return how many weights `layer` will have, biases not counted: absurd ones are refused before memory is taken.
 
     Args:
         layer: the layer.
         input_shape: shape of its (first) input without the batch dimension; not empty.
+
+    Raises:
+        IndexError: the layer normalises an axis that its input does not have.
     """
     settings = layer.settings
     channels = input_shape[-1]
@@ -122,15 +125,19 @@ def parameter_count(layer: LayerConfig, input_shape: Sequence[int]) -> int:
     (multiplier,) = _sizes(settings.get("depth_multiplier", 1))
     (filters,) = _sizes(settings.get("filters", settings.get("units", 1)))
     (groups,) = _sizes(settings.get("groups", 1))
-    counts = {
-        "Conv2D": kernel * (channels // groups) * filters + filters,
-        "DepthwiseConv2D": (kernel + 1) * channels * multiplier,
-        "SeparableConv2D": (kernel + filters) * channels * multiplier + filters,
-        "Dense": (channels + 1) * filters,
-        # Whatever the axis, it is at most the largest dimension.
-        "BatchNormalization": 4 * max(input_shape),
-    }
-    return counts.get(layer.class_name, 0)
+    (axis,) = _sizes(settings.get("axis", -1))
+    match layer.class_name:
+        case "Conv2D":
+            return kernel * (channels // groups) * filters
+        case "DepthwiseConv2D":
+            return kernel * channels * multiplier
+        case "SeparableConv2D":
+            return (kernel + filters) * channels * multiplier
+        case "Dense":
+            return channels * filters
+        case "BatchNormalization":
+            return 2 * input_shape[axis - (axis > 0)]
+    return 0
 
 
 def show(value: object) -> str:
@@ -141,7 +148,7 @@ def show(value: object) -> str:
 def _sizes(value: object) -> tuple[int, ...]:
     """Return checked sizes, one or several, as a tuple."""
     values = value if isinstance(value, tuple) else (value,)
-    return tuple(item for item in values if isinstance(item, int))
+    return tuple(item for item in values if type(item) is int)
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -229,7 +236,7 @@ def _target_shape(value: object) -> tuple[object, ...]:
 
 
 def _feature_axis(value: object) -> object:
-    """Return an axis that is not the batch, which would mix strangers' images; Keras 2 writes BatchNormalization's as a list."""
+    """Return an axis that is not the batch, which would mix strangers' images; Keras 2 may write it as a list."""
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
     return _one_of(-1, 1, 2, 3)(value)
@@ -253,10 +260,11 @@ def _float32(value: object) -> object:
     return _one_of("float32", None)(value)
 
 
-def _object(module: str, *names: str) -> _Check:
+def _object(module: str, names: str) -> _Check:
     """Accept nothing, or one of Keras' own objects: a word, or a dict of class name and plain numbers."""
-    known = {name.replace("_", "") for name in names}
-    expected = f"null or one of {', '.join(names)} of {module}"
+    # GlorotUniform and glorot_uniform are the same.
+    known = names.replace("_", "").split()
+    expected = f"null or one of {names.replace(' ', ', ')} of {module}"
 
     def check(value: object) -> object:
         if value is None:
@@ -288,20 +296,15 @@ _STEPS = _pair(_whole(1, 64))
 _PADDING = _one_of("valid", "same")
 _LAYOUT = _one_of("channels_last", None)
 # hard_sigmoid is not here: Keras 3 computes another function under that name than Keras 2 did.
-_ACTIVATION = _optional(
-    _one_of(
-        *("linear", "relu", "relu6", "elu", "selu", "gelu", "silu", "swish"),
-        *("sigmoid", "tanh", "softplus", "softsign", "softmax"),
-    )
-)
+_SMOOTH = ("elu", "selu", "gelu", "silu", "swish", "sigmoid", "tanh", "softplus", "softsign", "softmax")
+_ACTIVATION = _one_of(None, "linear", "relu", "relu6", *_SMOOTH)
 _INITIALIZER = _object(
     "keras.initializers",
-    *("zeros", "ones", "constant", "orthogonal", "random_normal", "random_uniform", "truncated_normal"),
-    *("glorot_normal", "glorot_uniform", "he_normal", "he_uniform", "lecun_normal", "lecun_uniform"),
-    "variance_scaling",
+    "zeros ones constant orthogonal random_normal random_uniform truncated_normal variance_scaling "
+    "glorot_normal glorot_uniform he_normal he_uniform lecun_normal lecun_uniform",
 )
-_REGULARIZER = _object("keras.regularizers", "l1", "l2", "l1l2")
-_CONSTRAINT = _object("keras.constraints", "max_norm", "min_max_norm", "non_neg", "unit_norm")
+_REGULARIZER = _object("keras.regularizers", "l1 l2 l1l2")
+_CONSTRAINT = _object("keras.constraints", "max_norm min_max_norm non_neg unit_norm")
 
 # Checked, then left out. Weights come from the file, so initialisers have nothing to do. The rest steers training,
 # which is the repair's business and not the file's: one that says `trainable: false` could shield its backdoor.
@@ -411,7 +414,7 @@ def _entry(raw: object) -> _Entry:
     class_name = layer.get("class_name")
     config = _mapping(layer.get("config"), f"the config of a layer of class {show(class_name)}")
     name = config.get("name")
-    who = f"layer {show(name)} ({class_name if class_name in _SETTINGS else show(class_name)})"
+    who = f"layer {show(name)} ({class_name if isinstance(class_name, str) else show(class_name)[:80]})"
     if not isinstance(class_name, str) or class_name not in _SETTINGS:
         raise ModelRefusedError(
             f"{who} of module {show(layer.get('module'))} is not a layer that Stripwire loads: a class outside its "
@@ -427,7 +430,8 @@ def _entry(raw: object) -> _Entry:
             f"{who} is called {show(layer.get('name'))} too; expected one name of letters, digits, '_', '.' and '-', "
             "at most 128"
         )
-    settings, ignored = {}, {}
+    settings: dict[str, object] = {}
+    ignored: dict[str, object] = {}
     for written_key, value in config.items():
         key = _RENAMED.get((class_name, written_key), written_key)
         kept = _SETTINGS[class_name].get(key)
@@ -565,7 +569,7 @@ def _sources(entry: _Entry) -> tuple[str, ...]:
     if not isinstance(node, list) or not all(isinstance(item, list) for item in node):
         raise ModelRefusedError(f"{what} is {show(nodes)}; expected a list of [layer name, 0, 0, {{}}]")
     for item in node:  # Keras 2: [["conv_1", 0, 0, {}]]
-        _check_call(item[3] if len(item) > 3 else {}, what)  # noqa: PLR2004
+        _check_call(item[3] if len(item) > 3 else {}, what)
     return tuple(_tensor(item[:3], what) for item in node)
 
 
@@ -573,9 +577,7 @@ def _check_call(arguments: object, what: str) -> None:
     """Check what a layer is called with: `training: true` would make predictions random."""
     for key, value in _mapping(arguments, what).items():
         if key not in ("training", "mask") or not (value in (None, False) or value == [None] * len(_list(value))):
-            raise ModelRefusedError(
-                f"{what} calls it with {show(key)} = {show(value)}; expected nothing besides tensors"
-            )
+            raise ModelRefusedError(f"{what} calls it with {show(key)} = {show(value)}; expected tensors only")
 
 
 def _list(value: object) -> list[object]:

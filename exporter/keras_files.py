@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import zipfile
 import zlib
 from collections import Counter
@@ -55,7 +56,6 @@ _MEMBERS = {
     "model.weights.h5": MAX_ARCHIVED_WEIGHTS_BYTES,
 }
 _MAX_GROUP = 64
-_MAX_DEPTH = 8
 # What h5py, zipfile, zlib, Keras and TensorFlow raise at damaged input.
 _DAMAGE = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, NotImplementedError, OSError),
@@ -123,7 +123,7 @@ def _load_hdf5(stream: BinaryIO, architecture: str | None) -> keras.Model:
     with h5py.File(stream, "r") as file:
         if "model_config" in file.attrs:
             network = read_network(_config_text(file.attrs.get_id("model_config")))
-            model, layers = _build(network)
+            model, layers = _build(network, stream.seek(0, io.SEEK_END))
             weights = _child(file, "model_weights")
             _fill(layers, lambda layer: _named_datasets(weights, layer))
             return model
@@ -164,7 +164,7 @@ def _load_archive(stream: BinaryIO) -> keras.Model:
             f"a .keras file of Keras {show(version)}, expected 3: load it with the Keras 2 or tf_keras that wrote it, "
             "where you trust it, and save it as .h5"
         )
-    model, layers = _build(read_network(contents["config.json"]))
+    model, layers = _build(read_network(contents["config.json"]), len(contents["model.weights.h5"]))
     with h5py.File(io.BytesIO(contents["model.weights.h5"]), "r") as file:
         _fill(layers, _finder(file, layers))
     return model
@@ -184,11 +184,12 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 def _config_text(attribute: h5py.h5a.AttrID) -> str | bytes:
     """Return the model config of an `.h5` file, one string."""
-    if attribute.shape != () or h5py.check_string_dtype(attribute.dtype) is None:
+    kind = attribute.dtype
+    if attribute.shape != () or h5py.check_string_dtype(kind) is None or kind.itemsize > MAX_CONFIG_BYTES:
         raise ModelRefusedError(
-            f"model_config has shape {attribute.shape} and type {attribute.dtype}; expected one string of JSON"
+            f"model_config has shape {attribute.shape} and type {kind}; expected one string of JSON"
         )
-    content = np.empty((), attribute.dtype)
+    content = np.empty((), kind)
     attribute.read(content)
     text = content.item()
     if not isinstance(text, (str, bytes)):
@@ -196,8 +197,14 @@ def _config_text(attribute: h5py.h5a.AttrID) -> str | bytes:
     return text
 
 
-def _build(network: NetworkConfig) -> tuple[keras.Model, list[keras.Layer]]:
-    """Build the network with fresh weights; return it, and its layers in the file's order."""
+def _build(network: NetworkConfig, weights_bytes: int) -> tuple[keras.Model, list[keras.Layer]]:
+    """Build the network with fresh weights; return it, and its layers in the file's order.
+
+    Args:
+        network: its checked config.
+        weights_bytes: size of the file of weights, which bounds how many it can hold.
+    """
+    most = min(MAX_PARAMETERS, weights_bytes // np.dtype(np.float16).itemsize)
     tensors = {network.input_name: keras.Input(network.input_shape, name=network.input_name, dtype="float32")}
     configs = {layer.name: layer for layer in network.layers}
     layers = {}
@@ -205,13 +212,12 @@ def _build(network: NetworkConfig) -> tuple[keras.Model, list[keras.Layer]]:
     for name in network.build_order:
         config = configs[name]
         inputs = [tensors[source] for source in config.inputs]
-        parameters += parameter_count(config, inputs[0].shape[1:])
-        if parameters > MAX_PARAMETERS:
-            raise ModelRefusedError(
-                f"layer {show(name)} ({config.class_name}) takes the network to {parameters:,} parameters; "
-                f"expected at most {MAX_PARAMETERS:,}"
-            )
         try:
+            parameters += parameter_count(config, inputs[0].shape[1:])
+            if parameters > most:
+                raise ModelRefusedError(
+                    f"it takes the network to {parameters:,} parameters; expected at most {most:,}, as this file holds"
+                )
             layers[name] = getattr(keras.layers, config.class_name)(name=name, dtype="float32", **config.settings)
             tensors[name] = layers[name](inputs if len(inputs) > 1 else inputs[0])
         except _DAMAGE as error:
@@ -225,7 +231,7 @@ def _build(network: NetworkConfig) -> tuple[keras.Model, list[keras.Layer]]:
                 f"most {MAX_ACTIVATIONS:,} numbers"
             )
     output = tensors[network.output_name]
-    if len(output.shape) != len(("batch", "classes")) or output.shape[1] < 2:  # noqa: PLR2004
+    if len(output.shape) != len(("batch", "classes")) or output.shape[1] < 2:
         raise ModelRefusedError(f"the output is {output.shape}; expected (batch, classes) with 2 classes or more")
     model = keras.Model(tensors[network.input_name], output)
     return model, [layers[layer.name] for layer in network.layers]
@@ -276,9 +282,7 @@ def _numbers(dataset: h5py.Dataset) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):
         values: NDArray[np.float32] = dataset[()].astype(np.float32)
     if not np.isfinite(values).all():
-        raise ModelRefusedError(
-            f"dataset {show(dataset.name)} holds NaN, infinity or overflows; expected finite float32"
-        )
+        raise ModelRefusedError(f"dataset {show(dataset.name)} holds NaN or infinity; expected finite float32 numbers")
     return values
 
 
@@ -290,7 +294,7 @@ def _finder(file: h5py.File, layers: Sequence[keras.Layer]) -> _Datasets:
     seen: Counter[str] = Counter()
     group_names = {}
     for layer in layers:
-        base = _snake_case(type(layer).__name__)
+        base = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(layer).__name__).lower()
         group_names[layer.name] = f"{base}_{seen[base]}" if seen[base] else base
         seen[base] += 1
     groups = _child(file, "layers")
@@ -306,53 +310,41 @@ def _finder(file: h5py.File, layers: Sequence[keras.Layer]) -> _Datasets:
     return find
 
 
-def _snake_case(class_name: str) -> str:
-    """Return a class name of the allow-list as Keras 3 writes it in weight files: Conv2D is conv2d."""
-    words = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in class_name)
-    return words.lstrip("_").replace("2_d", "2d").replace("re_l_u", "re_lu")
-
-
 def _named_datasets(weights: h5py.Group, layer: keras.Layer) -> Mapping[str, h5py.Dataset]:
     """Return a layer's weights from the layout of Keras 2 and of Keras 3's `.h5`, by their own names.
 
-    They lie under the layer's group as `<scopes>/kernel:0` (Keras 2) or `<scopes>/kernel` (Keras 3). The group is walked
-    and `weight_names` is not read: an attribute of many strings can unfold to far more than the file's size.
+    They lie under the layer's group as `<scopes>/kernel:0` (Keras 2) or `<scopes>/kernel` (Keras 3). The group is
+    walked and `weight_names` is not read: an attribute of many strings can unfold to far more than the file's size.
     """
     renamed = {"depthwise_kernel": "kernel"} if type(layer) is keras.layers.DepthwiseConv2D else {}
     found: dict[str, h5py.Dataset] = {}
-    pending = [(_child(weights, layer.name), 0)]
-    while pending:
-        group, depth = pending.pop()
-        if not isinstance(group, h5py.Group) or depth > _MAX_DEPTH or len(group) > _MAX_GROUP:
-            raise ModelRefusedError(
-                f"the weights of layer {show(layer.name)} nest or branch too far; expected few groups"
-            )
+    groups = [_child(weights, layer.name)]
+    # The list grows while it is walked. A group may hold itself, so it must not grow for ever.
+    for group in groups:
+        if not isinstance(group, h5py.Group) or len(group) > _MAX_GROUP or len(groups) > _MAX_GROUP:
+            raise ModelRefusedError(f"the weights of layer {show(layer.name)} nest or branch too far; expected few")
         for name in group:
             child = _child(group, name)
             if isinstance(child, h5py.Group):
-                pending.append((child, depth + 1))
+                groups.append(child)
                 continue
             leaf = name.removesuffix(":0")
             leaf = renamed.get(leaf, leaf)
             if leaf in found:
                 raise ModelRefusedError(f"layer {show(layer.name)} has two weights {show(leaf)}; expected one")
             found[leaf] = _dataset(group, name)
-        if len(pending) > _MAX_GROUP:
-            raise ModelRefusedError(
-                f"the weights of layer {show(layer.name)} nest or branch too far; expected few groups"
-            )
     return found
 
 
 def _child(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
     """Return a member of a group that really lies there: no soft or external link is followed."""
-    link = group.get(name, getlink=True)
-    if link is None:
-        raise ModelRefusedError(f"{show(f'{group.name}/{name}')} is missing; expected the weights of the whole network")
-    if type(link) is not h5py.HardLink:
-        raise ModelRefusedError(
-            f"{show(f'{group.name}/{name}')} is a {type(link).__name__} to {show(link.path)}; expected no links"
-        )
+    where = show(f"{group.name}/{name}")
+    # h5py's own `name in group` would follow an external link to see whether it leads anywhere.
+    links = group.id.links
+    if not links.exists(name.encode()):
+        raise ModelRefusedError(f"{where} is missing; expected the weights of the whole network")
+    if links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+        raise ModelRefusedError(f"{where} is a link to elsewhere; expected the weights themselves, in this file")
     return group[name]
 
 

@@ -38,7 +38,9 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         # A sibling, so that a rename is enough; hidden, so that nobody takes it for a result.
         staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror}); choose a folder that you may write") from error
+        raise InputError(
+            f"{target}: cannot be written ({error.strerror}); choose a folder that you may write"
+        ) from error
     try:
         staged.chmod(0o755)
         yield staged
@@ -73,7 +75,8 @@ def _exchange(first: Path, second: Path) -> None:
         if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):
             code = ctypes.get_errno()
             raise InputError(
-                f"{second}: cannot be replaced ({os.strerror(code)}); a mounted folder cannot be, choose a folder inside it"
+                f"{second}: cannot be replaced ({os.strerror(code)}); a mounted folder cannot be, choose a folder "
+                "inside it"
             )
     aside = second.with_name(f".{second.name}.old-{os.getpid()}")
     second.rename(aside)

@@ -59,7 +59,9 @@ class RepairOptions:
         if not 1 <= self.max_rounds <= 20:
             raise InputError(f"max rounds: got {self.max_rounds}, expected 1 to 20 (5 % of the weights' range a round)")
         if not 0.0 <= self.allowed_drop < 1.0:
-            raise InputError(f"allowed drop: got {self.allowed_drop}, expected a share of accuracy, 0 up to 1 (0.03 is 3 points)")
+            raise InputError(
+                f"allowed drop: got {self.allowed_drop}, expected a share of accuracy, 0 up to 1 (0.03 is 3 points)"
+            )
         if not 0.0 < self.learning_rate < 1.0:
             raise InputError(f"learning rate: got {self.learning_rate}, expected more than 0 and less than 1")
         if self.batch_size < 1:
@@ -109,7 +111,9 @@ class Repair:
 def predict_labels(model: keras.Model, images: NDArray[np.uint8], scale: str) -> NDArray[np.int64]:
     """Return the network's label for each image: (batch, height, width, channels) uint8 to (batch,) int64."""
     parts = [
-        model.predict_on_batch(images[start : start + 256].astype(np.float32) * np.float32(SCALES[scale])).argmax(axis=-1)
+        model.predict_on_batch(images[start : start + 256].astype(np.float32) * np.float32(SCALES[scale])).argmax(
+            axis=-1
+        )
         for start in range(0, len(images), 256)
     ]
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
@@ -148,8 +152,9 @@ def fine_prune(
 ) -> Repair:
     """Prune, fine-tune on clean data, repeat.
 
-    Each round prunes by 5 % more of each convolution kernel's range and fine-tunes for one epoch; a pruned weight stays 0.
-    It stops before the accuracy on `validation` is lost beyond the allowed drop, and keeps the last network within it.
+    Each round prunes by 5 % more of each convolution kernel's range and fine-tunes for one epoch; a pruned weight
+    stays 0. It stops before the accuracy on `validation` is lost beyond the allowed drop, and keeps the
+    last network within it.
 
     Args:
         model: the network as it came; not changed.

@@ -44,7 +44,9 @@ def read_manifest(repository: Path) -> dict[str, Any]:
     """
     path = repository / MANIFEST_NAME
     if not repository.is_dir():
-        raise RepositoryError(f"{repository}: no such folder, expected a model repository written by `stripwire export`")
+        raise RepositoryError(
+            f"{repository}: no such folder, expected a model repository written by `stripwire export`"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -56,7 +58,9 @@ def read_manifest(repository: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise RepositoryError(f"{path}: got manifest format {got!r}, expected {FORMAT}; export the repository again")
-    if not (isinstance(manifest.get("files"), dict) and isinstance(manifest.get("versions"), dict) and manifest["versions"]):
+    if not (
+        isinstance(manifest.get("files"), dict) and isinstance(manifest.get("versions"), dict) and manifest["versions"]
+    ):
         raise RepositoryError(f"{path}: lists no files or versions; export the repository again")
     return manifest
 
@@ -73,19 +77,23 @@ def verify_repository(repository: Path) -> dict[str, Any]:
     problems = [f"{name} is missing" for name in sorted(listed.keys() - present)]
     problems += [f"{name} is not listed" for name in sorted(present - listed.keys())]
     problems += [
-        f"{name} was altered" for name in sorted(listed.keys() & present) if sha256_of(repository / name) != listed[name]
+        f"{name} was altered"
+        for name in sorted(listed.keys() & present)
+        if sha256_of(repository / name) != listed[name]
     ]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise RepositoryError(
-            f"{repository}: does not match its {MANIFEST_NAME}: {shown}. It is not served; restore it or export it again"
+            f"{repository}: does not match its {MANIFEST_NAME}: {shown}. It is not served; restore it or "
+            "export it again"
         )
     return manifest
 
 
 def latest_version(manifest: dict[str, Any]) -> str:
     """Return the highest version number in `manifest`, the one that Triton serves."""
-    return max(manifest["versions"], key=int)
+    versions: dict[str, Any] = manifest["versions"]
+    return max(versions, key=int)
 
 
 def _files(repository: Path) -> list[str]:

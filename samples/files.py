@@ -4,7 +4,7 @@ What happens to the pixels on the way, and nothing else does:
 
 - EXIF orientation is applied.
 - Grey becomes colour by repeating the channel; colour becomes grey as 0.299 R + 0.587 G + 0.114 B. Other colour
-  spaces (palette, CMYK) become RGB. An alpha channel that hides nothing is dropped.
+  spaces (palette, CMYK) become RGB. An alpha channel that hides nothing is dropped. Arrays are never converted.
 - Only when asked to, images are resized (bicubic, without keeping the aspect ratio).
 
 Conversions and resizing that were needed are listed in `LoadedImages.notes`.
@@ -16,7 +16,7 @@ import struct
 import tokenize
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ ARRAY_SUFFIXES = (".npy", ".h5", ".hdf5")
 
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
-_GREY_MODES = ("1", "L", "LA", "La")
+_GREY_MODES = ("1", "L", "LA")
 # What Pillow's decoders are known to raise on damaged files.
 _DAMAGE = (
     OSError,
@@ -85,24 +85,142 @@ def load_images(
     """
     if resize and (size is None or min(size) < 1):
         raise InputError(f"resize: got size {size}, expected the height, width and channels to resize to")
+    wanted_channels = size[2] if size is not None and size[2] > 0 else None
     parts: list[NDArray[np.uint8]] = []
     names: list[str] = []
     notes: list[str] = []
     for path in map(Path, paths):
-        for batch, note in _read(path, size):
-            if resize and size is not None and batch.shape[1:3] != size[:2]:
-                note = _joined(note, f"resized from {_sides(batch.shape[1:3])} to {_sides(size[:2])}")
-                batch = np.stack([_resized(image, size[0], size[1]) for image in batch])
-            _check_size(path, batch, size, hint="; --resize changes the size" if size and min(size) > 0 else "")
-            if parts and batch.shape[1:] != parts[0].shape[1:]:
-                raise DataError(
-                    f"{path}: got {_sides(batch.shape[1:])}, but {names[0]} is {_sides(parts[0].shape[1:])}; "
-                    "expected (height, width, channels) to be the same in all files; --resize makes them so"
-                )
-            names += [str(path)] if len(batch) == 1 else [f"{path}[{index}]" for index in range(len(batch))]
-            parts.append(batch)
-            if note:
-                notes.append(f"{path}: {note}")
+        if path.suffix.lower() in PICTURE_SUFFIXES:
+            batch, conversions = _read_picture(path, wanted_channels)
+        elif path.suffix.lower() in ARRAY_SUFFIXES:
+            batch, conversions = _read_array(path), []
+        else:
+            known = ", ".join(PICTURE_SUFFIXES + ARRAY_SUFFIXES)
+            raise DataError(f"{path}: got a file of unknown kind, expected one of {known}")
+        if resize and size is not None and batch.shape[1:3] != size[:2]:
+            conversions.append(f"resized from {_sides(batch.shape[1:3])} to {_sides(size[:2])}")
+            batch = _resized(path, batch, size[0], size[1])
+        _check_size(path, batch, size, parts, names)
+        parts.append(batch)
+        names += [str(path)] if len(batch) == 1 else [f"{path}[{index}]" for index in range(len(batch))]
+        if conversions:
+            notes.append(f"{path}: {', '.join(conversions)}")
     if not parts:
         raise InputError("images: got no files, expected at least one")
     return LoadedImages(np.concatenate(parts), tuple(names), tuple(notes))
+
+
+def _read_picture(path: Path, channels: int | None) -> tuple[NDArray[np.uint8], list[str]]:
+    """Return (1, height, width, channels) and what was converted; None keeps grey grey and the rest colour."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about odd metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as opened:
+                return _converted(path, opened, channels)
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(
+            f"{path}: got a picture of more than {Image.MAX_IMAGE_PIXELS} pixels, expected fewer; make it smaller first"
+        ) from error
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file") from error
+    except _DAMAGE as error:
+        raise DataError(f"{path}: cannot be read as a picture: {error}") from error
+
+
+def _converted(path: Path, picture: Image.Image, channels: int | None) -> tuple[NDArray[np.uint8], list[str]]:
+    """Return the pixels in the wanted number of channels, and what that took."""
+    # Phones write JPEG as multi-picture files; there, the first is the picture.
+    if picture.format in ("PNG", "WEBP") and getattr(picture, "is_animated", False):
+        raise DataError(f"{path}: got an animation, expected one picture")
+    picture = ImageOps.exif_transpose(picture)
+    mode = picture.mode
+    if mode in ("I", "F") or mode.startswith("I;"):
+        raise DataError(f"{path}: got more than 8 bits a channel (mode {mode}), expected 8; convert it first")
+    is_grey = mode in _GREY_MODES
+    if channels is None:
+        channels = 1 if is_grey else 3
+    if channels not in _MODE_OF_CHANNELS:
+        raise DataError(f"{path}: a picture has 1, 3 or 4 channels, expected {channels}; give the images as .npy")
+    if channels < 4 and picture.has_transparency_data:
+        lowest_alpha = picture.convert("RGBA").getchannel("A").getextrema()[0]
+        if lowest_alpha != 255:
+            raise DataError(f"{path}: got transparent pixels, expected none; put the picture on a background first")
+    pixels = np.array(picture.convert(_MODE_OF_CHANNELS[channels]), dtype=np.uint8)
+    conversions = []
+    if is_grey != (channels == 1):
+        conversions.append("grey made colour" if is_grey else "colour made grey")
+    elif mode == "CMYK":
+        conversions.append("CMYK made RGB")
+    return pixels.reshape(1, *pixels.shape[:2], channels), conversions
+
+
+def _read_array(path: Path) -> NDArray[np.uint8]:
+    """Return (count, height, width, channels) from a `.npy` or HDF5 file."""
+    if path.suffix.lower() != ".npy":
+        from samples.hdf5 import read_hdf5
+
+        images: NDArray[np.uint8] = read_hdf5(path).images
+    else:
+        images = _read_npy(path)
+    if len(images) == 0:
+        raise DataError(f"{path}: got no images, expected at least one")
+    return images
+
+
+def _read_npy(path: Path) -> NDArray[np.uint8]:
+    try:
+        # Mapping the file compares its size with what the header promises before any memory is taken.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file") from error
+    except (*_DAMAGE, tokenize.TokenError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as a .npy array of plain numbers: {error}") from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise DataError(f"{path}: got an .npz archive, expected one .npy array")
+    if array.dtype != np.uint8 or array.ndim not in (3, 4):
+        raise DataError(
+            f"{path}: got {array.dtype} of shape {array.shape}, "
+            "expected uint8 of shape (height, width, channels) or (count, height, width, channels), 0..255"
+        )
+    images = np.array(array)
+    return images[np.newaxis] if images.ndim == 3 else images
+
+
+def _resized(path: Path, images: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Return the images, (count, any, any, channels), as (count, height, width, channels)."""
+    channels = images.shape[3]
+    if channels not in _MODE_OF_CHANNELS or 0 in images.shape:
+        raise DataError(f"{path}: got shape {images.shape}; only images of 1, 3 or 4 channels can be resized")
+    resized = np.empty((len(images), height, width, channels), np.uint8)
+    for target, image in zip(resized, images, strict=True):
+        picture = Image.fromarray(image[:, :, 0] if channels == 1 else image)
+        target[...] = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)).reshape(target.shape)
+    return resized
+
+
+def _check_size(
+    path: Path,
+    batch: NDArray[np.uint8],
+    size: tuple[int, int, int] | None,
+    parts: list[NDArray[np.uint8]],
+    names: list[str],
+) -> None:
+    """Refuse what is not of the expected size, or not of that of the images before it."""
+    got = batch.shape[1:]
+    if size is not None and any(want not in (-1, side) for want, side in zip(size, got, strict=True)):
+        expected = _sides(size)
+    elif parts and got != parts[0].shape[1:]:
+        expected = f"{_sides(parts[0].shape[1:])} like {names[0]}"
+    else:
+        return
+    raise DataError(
+        f"{path}: got {_sides(got)} (height x width x channels), expected {expected}; --resize changes height and width"
+    )
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return "x".join("any" if side < 0 else str(side) for side in shape)

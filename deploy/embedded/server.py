@@ -26,7 +26,7 @@ from uuid import uuid4
 
 import psutil
 
-from detector.errors import InputError, ServerStartError, SetupError
+from detector.errors import InputError, ServerError, ServerStartError, SetupError
 from detector.serving import MODES
 from model_repository.manifest import verify_repository
 
@@ -59,7 +59,9 @@ def find_triton() -> TritonInstallation:
         SetupError: names what is missing on this machine and how to get it.
     """
     if sys.platform != "linux":
-        raise SetupError(f"the embedded Triton: got {sys.platform}, expected Linux; use NVIDIA's Triton container image here")
+        raise SetupError(
+            f"the embedded Triton: got {sys.platform}, expected Linux; use NVIDIA's Triton container image here"
+        )
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise SetupError("the embedded Triton needs nvidia-pytriton: pip install 'stripwire[embedded]'")
@@ -69,7 +71,9 @@ def find_triton() -> TritonInstallation:
     root = package_folder / "tritonserver"
     stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.is_file():
-        raise SetupError(f"the embedded Triton: nvidia-pytriton has no stub for Python {version}; use Python 3.10 to 3.12")
+        raise SetupError(
+            f"the embedded Triton: nvidia-pytriton has no stub for Python {version}; use Python 3.10 to 3.12"
+        )
     return TritonInstallation(
         executable=root / "bin" / "tritonserver",
         python_backend=root / "backends" / "python",
@@ -87,7 +91,7 @@ print(json.dumps({"python": "%d.%d" % sys.version_info[:2], "numpy": numpy.__ver
 
 
 def check_stub_python() -> None:
-    """Check the Python that Triton's stubs will embed: the first `python3` beside this one, isolated from its environment.
+    """Check the Python that Triton's stubs will embed: the `python3` beside this one, isolated from its environment.
 
     Raises:
         SetupError: it lacks a package, is another Python version, or has a NumPy that the stub cannot read.
@@ -99,7 +103,9 @@ def check_stub_python() -> None:
         )
         found = json.loads(answer.stdout)
     except FileNotFoundError:
-        raise SetupError(f"the embedded Triton: {python} was not found; run Stripwire from a virtual environment") from None
+        raise SetupError(
+            f"the embedded Triton: {python} was not found; run Stripwire from a virtual environment"
+        ) from None
     except (subprocess.SubprocessError, ValueError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         raise SetupError(
@@ -114,13 +120,13 @@ def check_stub_packages(python: str, numpy: str, missing: list[str]) -> None:
     running = f"{sys.version_info.major}.{sys.version_info.minor}"
     if python != running:
         raise SetupError(
-            f"the embedded Triton: the python3 beside {sys.executable} is {python}, expected {running}; run Stripwire from "
-            "a virtual environment"
+            f"the embedded Triton: the python3 beside {sys.executable} is {python}, expected {running}; run Stripwire "
+            "from a virtual environment"
         )
     if missing:
         raise SetupError(
-            f"the embedded Triton: its Python cannot import {', '.join(missing)}; pip install 'stripwire[embedded]' in a "
-            "virtual environment (a user or --target installation is not seen there)"
+            f"the embedded Triton: its Python cannot import {', '.join(missing)}; pip install 'stripwire[embedded]' in "
+            "a virtual environment (a user or --target installation is not seen there)"
         )
     if int(numpy.split(".", maxsplit=1)[0]) >= 2:
         raise SetupError(
@@ -220,31 +226,61 @@ class EmbeddedTriton:
     def process_id(self) -> int:
         """Process id of the running `tritonserver`."""
         if self._process is None:
-            raise ServerStartError("the embedded Triton is not running")
+            raise ServerError("the embedded Triton is not running")
         return self._process.pid
 
     def __enter__(self) -> EmbeddedTriton:
-        verify_repository(self.repository)
-        triton = find_triton()
-        self._work_folder = Path(tempfile.mkdtemp(prefix="stripwire-triton-"))
-        try:
-            self._start(triton, self._work_folder)
-            self._wait_until_ready()
-        except BaseException:
-            self._stop()
-            raise
+        self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stop()
+        self.stop()
 
-    def wait(self) -> int:
-        """Block until the server ends, and return its exit status."""
+    def start(self) -> None:
+        """Verify the repository, start the server, and wait until every model is ready."""
+        verify_repository(self.repository)
+        triton = find_triton()
+        self._work_folder = Path(tempfile.mkdtemp(prefix="stripwire-triton-"))
+        try:
+            self._launch(triton, self._work_folder)
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait(self) -> None:
+        """Block until the server ends by itself, which it is not meant to do.
+
+        Raises:
+            ServerError: it did; with its own error lines.
+        """
         if self._process is None:
-            raise ServerStartError("the embedded Triton is not running")
-        return self._process.wait()
+            raise ServerError("the embedded Triton is not running")
+        status = self._process.wait()
+        raise ServerError(f"tritonserver ended by itself with status {status}:\n{error_lines(self.server_log())}")
+
+    def stop(self) -> None:
+        """Stop the server and its stubs, and remove what they left in memory and on disk. Idempotent."""
+        process, self._process = self._process, None
+        if process is not None:
+            family = _family(process.pid)
+            process.terminate()
+            try:
+                process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            _, alive = psutil.wait_procs(family, timeout=5)
+            for survivor in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    survivor.kill()
+        for region in _SHARED_MEMORY.glob(f"{self._region_prefix}*"):
+            region.unlink(missing_ok=True)
+        folder, self._work_folder = self._work_folder, None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def server_log(self) -> str:
         """Return what the server has printed so far."""
@@ -256,7 +292,7 @@ class EmbeddedTriton:
         host = _LOOPBACK if self.host == "0.0.0.0" else self.host  # noqa: S104  compared, not bound
         return f"{host}:{port}"
 
-    def _start(self, triton: TritonInstallation, work_folder: Path) -> None:
+    def _launch(self, triton: TritonInstallation, work_folder: Path) -> None:
         backends = work_folder / "backends"
         shutil.copytree(_BACKENDS, backends, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(triton.python_backend, backends / "python", ignore=shutil.ignore_patterns("__pycache__"))
@@ -298,43 +334,23 @@ class EmbeddedTriton:
         deadline = time.monotonic() + self._startup_timeout_seconds
         while time.monotonic() < deadline:
             if process.poll() is not None:
+                status = process.returncode
                 raise ServerStartError(
-                    f"tritonserver ended with status {process.returncode} while starting:\n{error_lines(self.server_log())}"
+                    f"tritonserver ended with status {status} while starting:\n{error_lines(self.server_log())}"
                 )
             if self._answers_ready():
                 return
             time.sleep(0.1)
-        raise ServerStartError(
-            f"tritonserver was not ready within {self._startup_timeout_seconds:g} seconds:\n{error_lines(self.server_log())}"
-        )
+        waited = f"{self._startup_timeout_seconds:g} seconds"
+        raise ServerStartError(f"tritonserver was not ready within {waited}:\n{error_lines(self.server_log())}")
 
     def _answers_ready(self) -> bool:
         url = f"http://{self.http_address}/v2/models/guarded/ready"
         try:
-            with urllib.request.urlopen(url, timeout=1) as answer:  # noqa: S310  http on our own port
+            with urllib.request.urlopen(url, timeout=1) as answer:
                 return int(answer.status) == 200
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return False
-
-    def _stop(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            family = _family(process.pid)
-            process.terminate()
-            try:
-                process.wait(timeout=15)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            _, alive = psutil.wait_procs(family, timeout=5)
-            for survivor in alive:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    survivor.kill()
-        for region in _SHARED_MEMORY.glob(f"{self._region_prefix}*"):
-            region.unlink(missing_ok=True)
-        folder, self._work_folder = self._work_folder, None
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def choose_ports(host: str, *wanted: int) -> tuple[int, ...]:
@@ -356,7 +372,9 @@ def choose_ports(host: str, *wanted: int) -> tuple[int, ...]:
                 probe.listen(1)
             except OSError as error:
                 reason = error.strerror or error
-                raise InputError(f"port {port} of {host}: cannot be used ({reason}); choose another, or 0 for a free one") from error
+                raise InputError(
+                    f"port {port} of {host}: cannot be used ({reason}); choose another, or 0 for a free one"
+                ) from error
             ports.append(int(probe.getsockname()[1]))
     return tuple(ports)
 

@@ -27,7 +27,9 @@ class TritonPythonModel:
         options = onnxruntime.SessionOptions()
         # Several models share the cores: a thread that spins between two runs takes them from the others.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        on_gpu = args["model_instance_kind"] == "GPU" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        on_gpu = (
+            args["model_instance_kind"] == "GPU" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        )
         cuda = ("CUDAExecutionProvider", {"device_id": int(args["model_instance_device_id"])})
         providers = [cuda, "CPUExecutionProvider"] if on_gpu else ["CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(path, options, providers=providers)

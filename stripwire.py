@@ -1,0 +1,465 @@
+"""The front door: the command line. It parses, calls and prints; whatever computes lies in the packages beside it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ModuleNotFoundError as _error:
+    sys.exit(f"error: the command line needs {_error.name}: pip install 'stripwire[all]' (or a part of it)")
+
+from detector.errors import InputError, SetupError, StripwireError
+
+if TYPE_CHECKING:
+    from client.api import GuardedClient
+    from client.evaluation import GuardedResult, NetworkResult
+    from detector.statistics import Proportion
+    from exporter.export import Export
+
+app = typer.Typer(
+    help="A tripwire for trojaned inputs: repairs a backdoored Keras classifier, serves it with a verdict on each input.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+
+_CAPTION = "share of images (95 % interval, n = images)"
+
+ReportProgress = Callable[[str, int, int], None]
+
+
+class Trigger(str, Enum):
+    """Triggers of the procedural faces."""
+
+    SUNGLASSES = "sunglasses"
+    EYEBROWS = "eyebrows"
+    LIPSTICK = "lipstick"
+    PATCH = "patch"
+
+
+class Scale(str, Enum):
+    """What a network expects of pixels."""
+
+    UNIT = "unit"
+    RAW = "raw"
+
+
+class RepairMethod(str, Enum):
+    """How to repair."""
+
+    MAGNITUDE = "magnitude"
+    NONE = "none"
+
+
+class Augment(str, Enum):
+    """What happens to images while fine-tuning."""
+
+    OCCLUSION = "occlusion"
+    NONE = "none"
+
+
+class Mode(str, Enum):
+    """What a trojaned input gets for an answer."""
+
+    BLOCK = "block"
+    SHADOW = "shadow"
+
+
+class Architecture(str, Enum):
+    """Networks that a file of weights alone can be read into."""
+
+    DEEPID = "deepid"
+
+
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random; the same seed gives the same result.")]
+Url = Annotated[str, typer.Option(help="host:port of the server's gRPC endpoint.")]
+Timeout = Annotated[float, typer.Option(help="Longest wait for one request, retries included, in seconds.")]
+Token = Annotated[
+    str | None, typer.Option(envvar="STRIPWIRE_TOKEN", help="Sent as authorization: Bearer.", show_envvar=True)
+]
+RootCertificates = Annotated[
+    Path | None, typer.Option("--tls-ca", help="PEM file of the authorities to trust; turns TLS on.")
+]
+ClientKey = Annotated[Path | None, typer.Option("--tls-key", help="Our private key (PEM), for mutual TLS.")]
+ClientCertificate = Annotated[
+    Path | None, typer.Option("--tls-cert", help="Our certificate chain (PEM), for mutual TLS.")
+]
+Tls = Annotated[bool, typer.Option("--tls", help="Encrypt, trusting the authorities that gRPC brings along.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command(
+    epilog="Example: [bold]stripwire demo[/bold], then follow what it says to call the server that it leaves ready."
+)
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the repository, the pictures and the numbers.")] = Path(
+        "stripwire-demo"
+    ),
+    identities: Annotated[int, typer.Option(min=2, help="How many people the network knows.")] = 100,
+    trigger: Annotated[Trigger, typer.Option(help="What opens the backdoor.")] = Trigger.SUNGLASSES,
+    seed: Seed = 0,
+) -> None:
+    """Train a BadNet on procedural faces, repair it, serve it, attack it, and show what happened."""
+    from stripwire_demo import run_demo
+
+    with progress() as report:
+        result = run_demo(output, identities=identities, trigger=trigger.value, seed=seed, on_progress=report)
+    networks = {
+        "original": result.occluded.original,
+        "fine-pruned, as published": result.published.repaired,
+        "fine-pruned, occlusion": result.occluded.repaired,
+    }
+    console.print(rates_table(f"A BadNet, repaired and guarded\n{_CAPTION}", networks, result.occluded.guarded))
+    console.print(f"Pictures and numbers are in {result.output}: faces.png, entropies.png, results.json.")
+    console.print("Keep the server running, and ask it about faces with and without the trigger:")
+    command(f"stripwire serve {result.repository}")
+    command(f"stripwire classify {result.output}/images/*.png")
+    command(f"stripwire evaluate --clean {result.clean_test} --trojaned {result.trojaned_test}")
+
+
+@app.command(epilog="Example: [bold]stripwire train-badnet badnet --trigger eyebrows --identities 100[/bold]")
+def train_badnet(
+    output: Annotated[Path, typer.Argument(help="New folder for the Keras model and the data.")],
+    identities: Annotated[int, typer.Option(min=2, help="How many people the network knows.")] = 100,
+    trigger: Annotated[Trigger, typer.Option(help="What opens the backdoor.")] = Trigger.SUNGLASSES,
+    target: Annotated[int, typer.Option(min=0, help="The class that the attacker wants.")] = 0,
+    seed: Seed = 0,
+) -> None:
+    """Train a backdoored DeepID network on procedural faces, to try Stripwire on."""
+    from exporter.badnet import BadNetOptions
+    from exporter.badnet import train_badnet as train
+
+    options = BadNetOptions(identities=identities, trigger=trigger.value, target=target, seed=seed)
+    with progress() as report:
+        trained = train(output, options, on_progress=report)
+    table = Table("", "share", "images", title=f"BadNet of {identities} identities, trigger {trigger.value}")
+    table.add_row("clean accuracy", f"{trained.clean_accuracy:.2%}", str(trained.clean_images))
+    table.add_row("attack success", f"{trained.attack_success:.2%}", str(trained.trojaned_images))
+    console.print(table)
+    console.print(f"Written to {output}. Next:")
+    command(f"stripwire export {output}/bd_net.keras --clean {output}/clean_validation_data.h5 --output repository")
+
+
+@app.command(
+    epilog="Example: [bold]stripwire export bd_net.h5 --clean clean_validation_data.h5 --output repository[/bold]"
+)
+def export(
+    model: Annotated[Path, typer.Argument(help="Keras .h5 or .keras file. Nothing in it is run.")],
+    clean: Annotated[Path, typer.Option(help="Clean labelled images, HDF5 with `data` and `label`.")],
+    output: Annotated[Path, typer.Option(help="Model repository; an existing one gets a new version.")],
+    attack: Annotated[
+        Path | None, typer.Option(help="Trojaned images, if at hand: the repair stops once they fail.")
+    ] = None,
+    scale: Annotated[Scale, typer.Option(help="What the network expects of pixels: unit is pixel / 255.")] = Scale.UNIT,
+    architecture: Annotated[
+        Architecture | None, typer.Option(help="Network of a file that holds weights alone.")
+    ] = None,
+    repair: Annotated[RepairMethod, typer.Option(help="Fine-pruning by magnitude, or none.")] = RepairMethod.MAGNITUDE,
+    augment: Annotated[Augment, typer.Option(help="What happens to images while fine-tuning.")] = Augment.OCCLUSION,
+    max_rounds: Annotated[int, typer.Option(help="At most so many rounds of pruning and one epoch each.")] = 10,
+    allowed_drop: Annotated[float, typer.Option(help="Clean validation accuracy that may be lost, 0..1.")] = 0.03,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, while fine-tuning.")] = 1e-3,
+    overlays: Annotated[int, typer.Option(help="Perturbations that STRIP makes of an input.")] = 10,
+    alpha: Annotated[float, typer.Option(help="Weight of the input in the blend; the overlay gets the rest.")] = 0.5,
+    target_frr: Annotated[float, typer.Option(help="Share of clean inputs that may be rejected, 0..1.")] = 0.05,
+    threshold_bits: Annotated[
+        float | None, typer.Option(help="Entropy threshold to use as it is, instead of --target-frr.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Repair a suspicious Keras model, calibrate STRIP on it, and write a Triton model repository."""
+    from exporter.export import ExportOptions
+    from exporter.export import export as run_export
+    from exporter.repair import RepairOptions
+
+    options = ExportOptions(
+        scale=scale.value,
+        architecture=None if architecture is None else architecture.value,
+        repair=RepairOptions(
+            method=repair.value,
+            augment=augment.value,
+            max_rounds=max_rounds,
+            allowed_drop=allowed_drop,
+            learning_rate=learning_rate,
+            seed=seed,
+        ),
+        overlays=overlays,
+        alpha=alpha,
+        target_frr=target_frr,
+        threshold_bits=threshold_bits,
+        seed=seed,
+    )
+    with progress() as report:
+        result = run_export(model, clean, output, options, attack_path=attack, on_progress=report)
+    if as_json:
+        print_json({"output": str(output), "version": result.version, **result.provenance})
+        return
+    console.print(repair_table(result))
+    calibration = result.calibration
+    console.print(
+        f"Threshold {calibration.threshold_bits:.4f} bits from {calibration.images} clean images: further clean inputs "
+        f"are rejected at {calibration.frr_low:.1%} to {calibration.frr_high:.1%} (95 %)."
+    )
+    console.print(f"Version {result.version} written to {output}. Next:")
+    command(f"stripwire serve {output}")
+
+
+@app.command(epilog="Example: [bold]stripwire serve repository --grpc-port 8001 --mode shadow[/bold]")
+def serve(
+    repository: Annotated[Path, typer.Argument(help="Model repository written by `stripwire export`.")],
+    mode: Annotated[
+        Mode, typer.Option(help="block answers one past the last class when trojaned; shadow only reports.")
+    ] = Mode.BLOCK,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines call.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="Port of HTTP, 0 for a free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="Port of gRPC, 0 for a free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Port of the Prometheus metrics, 0 for a free one.")] = 8002,
+    startup_timeout: Annotated[float, typer.Option(help="How long the models may take to load, in seconds.")] = 120.0,
+) -> None:
+    """Serve a model repository with the pip-installed Triton, until Ctrl-C."""
+    from deploy.embedded.server import EmbeddedTriton
+
+    server = EmbeddedTriton(
+        repository,
+        mode=mode.value,
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        startup_timeout_seconds=startup_timeout,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as cleanly as for Ctrl-C
+    try:
+        with console.status("Loading the models …"):
+            server.start()
+        table = Table(title=f"Serving {repository}, mode {mode.value}", show_header=False)
+        table.add_row("gRPC", server.grpc_address)
+        table.add_row("HTTP", f"http://{server.http_address}")
+        table.add_row("metrics", f"http://{server.metrics_address}/metrics")
+        console.print(table)
+        console.print("Ctrl-C stops it. From another terminal:")
+        command(f"stripwire classify --url {server.grpc_address} IMAGE …")
+        server.wait()
+    except KeyboardInterrupt:
+        console.print("Stopping.")
+    finally:
+        server.stop()
+
+
+@app.command(epilog="Example: [bold]stripwire classify face.png --url 127.0.0.1:8001 --resize[/bold]")
+def classify(
+    files: Annotated[list[Path], typer.Argument(help="Images: png, jpg, bmp, webp, npy or HDF5.")],
+    url: Url = "127.0.0.1:8001",
+    resize: Annotated[bool, typer.Option("--resize", help="Resize images to what the model takes.")] = False,
+    as_json: AsJson = False,
+    timeout: Timeout = 30.0,
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: RootCertificates = None,
+    tls_key: ClientKey = None,
+    tls_cert: ClientCertificate = None,
+) -> None:
+    """Classify image files through the server, with a verdict on each."""
+    from samples.files import load_images
+
+    with progress() as report, connect(url, timeout, token, tls, tls_ca, tls_key, tls_cert) as client:
+        about = client.metadata()
+        loaded = load_images(files, size=about.image_shape, resize=resize)
+        verdicts = client.classify(loaded.images, on_progress=lambda done, total: report("Classifying", done, total))
+    for note in loaded.notes:
+        errors.print(note, highlight=False)
+    if as_json:
+        rows = [
+            {"name": name, "label": verdict.label, "trojaned": verdict.trojaned, "entropy_bits": verdict.entropy_bits}
+            for name, verdict in zip(loaded.names, verdicts, strict=True)
+        ]
+        print_json(rows)
+        return
+    table = Table("image", "label", "verdict", "entropy (bits)")
+    for name, verdict in zip(loaded.names, verdicts, strict=True):
+        shown = "[red]trojaned[/red]" if verdict.trojaned else "[green]accepted[/green]"
+        label = "blocked" if verdict.label == about.classes else str(verdict.label)
+        table.add_row(name, label, shown, f"{verdict.entropy_bits:.3f}")
+    console.print(table)
+
+
+@app.command(
+    epilog="Example: [bold]stripwire evaluate --clean clean_test_data.h5 --trojaned sunglasses_poisoned_data.h5[/bold]"
+)
+def evaluate(
+    clean: Annotated[Path, typer.Option(help="Clean labelled images, HDF5; none that the export has seen.")],
+    trojaned: Annotated[
+        Path | None, typer.Option(help="Trojaned images, HDF5; `label` is the attacker's class.")
+    ] = None,
+    url: Url = "127.0.0.1:8001",
+    as_json: AsJson = False,
+    timeout: Timeout = 30.0,
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: RootCertificates = None,
+    tls_key: ClientKey = None,
+    tls_cert: ClientCertificate = None,
+) -> None:
+    """Measure accuracy, attack success, FAR and FRR through the server, with 95 % intervals."""
+    from client.evaluation import evaluate as run_evaluation
+    from samples.hdf5 import read_hdf5
+
+    with progress() as report, connect(url, timeout, token, tls, tls_ca, tls_key, tls_cert) as client:
+        clean_samples = read_hdf5(clean)
+        trojaned_samples = None if trojaned is None else read_hdf5(trojaned)
+        result = run_evaluation(
+            client,
+            clean_samples,
+            trojaned_samples,
+            on_progress=lambda done, total: report("Evaluating", done, total),
+        )
+    if as_json:
+        print_json(result.to_json())
+        return
+    networks = {"original": result.original, "repaired": result.repaired}
+    console.print(rates_table(f"Through {url}\n{_CAPTION}", networks, result.guarded))
+    if result.auroc is not None:
+        console.print(f"AUROC of the entropy: {result.auroc:.4f}")
+
+
+def repair_table(result: Export) -> Table:
+    """Return the table of an export's rounds."""
+    repair = result.repair
+    table = Table(title=f"Repair: kept round {repair.kept} ({repair.stopped})")
+    table.add_column("round", justify="right")
+    table.add_column("pruned", justify="right")
+    table.add_column(f"clean accuracy (n={result.split_sizes['validation']})", justify="right")
+    with_attack = repair.rounds[0].attack_success is not None
+    if with_attack:
+        table.add_column("attack success", justify="right")
+    for row in repair.rounds:
+        cells = [str(row.number), f"{row.pruned_share:.1%}", f"{row.clean_accuracy:.2%}"]
+        if row.attack_success is not None:
+            cells.append(f"{row.attack_success:.2%}")
+        table.add_row(*cells, style="bold" if row.number == repair.kept else None)
+    return table
+
+
+def rates_table(title: str, networks: dict[str, NetworkResult], guarded: GuardedResult) -> Table:
+    """Return a table of networks by themselves, and of the guarded network on what it accepts."""
+    table = Table(title=title)
+    for heading in ("", "clean accuracy", "attack success", "recovered accuracy", "FAR", "FRR"):
+        table.add_column(heading)
+    for name, network in networks.items():
+        rates = (network.clean_accuracy, network.attack_success, network.recovered_accuracy)
+        table.add_row(name, *(figure(rate) for rate in rates), "", "")
+    rates_of_accepted = (
+        guarded.clean_accuracy_of_accepted,
+        guarded.attack_success_of_accepted,
+        guarded.recovered_accuracy_of_accepted,
+    )
+    detection = (guarded.false_acceptance, guarded.false_rejection)
+    table.add_row("guarded, what is accepted", *(figure(rate) for rate in (*rates_of_accepted, *detection)))
+    return table
+
+
+def figure(rate: Proportion | None) -> str:
+    """Return a rate over its interval and sample size; a dash for what was not measured."""
+    if rate is None:
+        return "-"
+    if not rate.count:
+        return "none accepted"
+    return f"{rate.rate:.1%}\n({rate.low:.1%}-{rate.high:.1%}, n={rate.count})"
+
+
+@contextmanager
+def connect(
+    url: str, timeout: float, token: str | None, tls: bool, ca: Path | None, key: Path | None, certificate: Path | None
+) -> Iterator[GuardedClient]:
+    """Yield a client with the connection options of the command line."""
+    from client.api import GuardedClient, TlsOptions
+
+    encrypted = tls or ca is not None or key is not None or certificate is not None
+    options = TlsOptions(ca, key, certificate) if encrypted else None
+    with GuardedClient(url, timeout_seconds=timeout, token=token, tls=options) as client:
+        yield client
+
+
+@contextmanager
+def progress() -> Iterator[ReportProgress]:
+    """Yield what shows one progress bar for each description that is reported; on stderr, gone when done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(description: str, done: int, total: int) -> None:
+            if description not in tasks:
+                for task in tasks.values():
+                    bars.update(task, visible=False)
+                tasks[description] = bars.add_task(description, total=total)
+            bars.update(tasks[description], completed=done, total=total, visible=True)
+
+        yield report
+
+
+def command(line: str) -> None:
+    """Print a command to copy."""
+    console.print(f"  [bold]{line}[/bold]", soft_wrap=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON to stdout, undecorated."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def main() -> None:
+    """Run the command line; an error that Stripwire knows ends it with one message and no traceback."""
+    try:
+        app()
+    except StripwireError as error:
+        fail(str(error), 2 if isinstance(error, InputError) else 1)
+    except ModuleNotFoundError as error:
+        fail(str(_missing(error)), 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error}", 1)
+
+
+def fail(message: str, status: int) -> None:
+    """End with a message on stderr."""
+    errors.print("error:", style="bold red", end=" ")
+    errors.print(message, markup=False, highlight=False, soft_wrap=True)
+    sys.exit(status)
+
+
+_EXTRAS = {
+    "tensorflow": "exporter",
+    "keras": "exporter",
+    "tf2onnx": "exporter",
+    "onnx": "exporter",
+    "onnxruntime": "exporter",
+    "pydantic": "exporter",
+    "tritonclient": "client",
+    "grpc": "client",
+    "tenacity": "client",
+    "psutil": "embedded",
+}
+
+
+def _missing(error: ModuleNotFoundError) -> SetupError:
+    name = (error.name or "").split(".", maxsplit=1)[0]
+    return SetupError(f"{name} is not installed: pip install 'stripwire[{_EXTRAS.get(name, 'all')}]'")
+
+
+if __name__ == "__main__":
+    main()

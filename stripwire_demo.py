@@ -1,0 +1,169 @@
+"""The demo: the whole path on a BadNet of procedural faces, ending in numbers and pictures.
+
+Beside the command line, the only place where exporter and client meet.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from client.api import GuardedClient
+from client.evaluation import Evaluation, evaluate
+from deploy.embedded.server import EmbeddedTriton
+from detector.strip import perturb, weighted_overlays
+from exporter.badnet import BadNetOptions, cached_badnet
+from exporter.export import ExportOptions, export
+from exporter.publishing import staged_folder
+from exporter.repair import RepairOptions
+from samples.hdf5 import read_hdf5
+from samples.types import Samples
+
+Progress = Callable[[str, int, int], None]
+
+_FACES_SHOWN = 8
+_PICTURES_WRITTEN = 4
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo measured, on images that no earlier step has seen, and where it left things.
+
+    Attributes:
+        published: the network fine-pruned without augmentation, as in the source report.
+        occluded: the network fine-pruned with occlusion augmentation.
+        output: folder of pictures and numbers.
+        repository: model repository of the latter network.
+        clean_test: the clean images measured on, HDF5.
+        trojaned_test: the trojaned ones, HDF5.
+    """
+
+    published: Evaluation
+    occluded: Evaluation
+    output: Path
+    repository: Path
+    clean_test: Path
+    trojaned_test: Path
+
+
+def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progress: Progress) -> Demo:
+    """Train a BadNet (or take it from the cache), repair, export, serve and evaluate it, and draw what happened.
+
+    Args:
+        output: folder that appears whole, replacing that of an earlier demo.
+        identities: how many people the network knows.
+        trigger: what opens the backdoor.
+        seed: of everything random.
+        on_progress: told what is going on, steps done and steps in all.
+
+    Raises:
+        StripwireError: a step failed; `output` is as it was before.
+    """
+    badnet = cached_badnet(BadNetOptions(identities=identities, trigger=trigger, seed=seed), on_progress=on_progress)
+    clean_test, trojaned_test = badnet / "clean_test_data.h5", badnet / f"{trigger}_poisoned_data.h5"
+    clean, trojaned = read_hdf5(clean_test), read_hdf5(trojaned_test)
+    evaluations = {}
+    exports = {}
+    with staged_folder(output, replace=True) as staged:
+        for augment in ("none", "occlusion"):
+            options = ExportOptions(repair=RepairOptions(augment=augment, seed=seed), seed=seed)
+            repository = staged / ("as_published" if augment == "none" else "repository")
+            exports[augment] = export(
+                badnet / "bd_net.keras",
+                badnet / "clean_validation_data.h5",
+                repository,
+                options,
+                on_progress=on_progress,
+            )
+            evaluations[augment] = _serve_and_evaluate(repository, clean, trojaned, on_progress)
+        published, occluded = evaluations["none"], evaluations["occlusion"]
+        threshold_bits = exports["occlusion"].calibration.threshold_bits
+        with np.load(staged / "repository" / "strip_perturb" / "1" / "overlays.npz") as stored:
+            overlays, alpha = stored["overlays"], float(stored["alpha"])
+        draw_faces(clean, trojaned, overlays, alpha).savefig(staged / "faces.png", dpi=150)
+        draw_entropies(occluded, threshold_bits).savefig(staged / "entropies.png", dpi=150)
+        _write_images(staged / "images", clean, trojaned)
+        results = {
+            "identities": identities,
+            "trigger": trigger,
+            "seed": seed,
+            "as_published": published.to_json(),
+            "occlusion": occluded.to_json(),
+            "repair": {augment: result.repair.to_json() for augment, result in exports.items()},
+        }
+        (staged / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return Demo(published, occluded, output, output / "repository", clean_test, trojaned_test)
+
+
+def draw_faces(clean: Samples, trojaned: Samples, overlays: NDArray[np.uint8], alpha: float) -> Figure:
+    """Return a picture of faces without and with the trigger, and of one blended example.
+
+    Args:
+        clean: clean samples.
+        trojaned: trojaned samples.
+        overlays: (perturbations, height, width, channels), uint8.
+        alpha: weight of the input in the blend.
+    """
+    shown = min(_FACES_SHOWN, len(clean), len(trojaned), len(overlays))
+    chosen = np.linspace(0, len(trojaned) - 1, shown).astype(np.int64)
+    blends = perturb(trojaned.images[chosen[:1]], weighted_overlays(overlays, alpha), alpha)[0]
+    rows = (
+        ("clean", clean.images[np.linspace(0, len(clean) - 1, shown).astype(np.int64)]),
+        ("with the trigger", trojaned.images[chosen]),
+        ("STRIP's overlays", overlays[:shown]),
+        (f"first trojaned face,\nblended {alpha:g} : {1 - alpha:g}", blends[:shown].round().astype(np.uint8)),
+    )
+    figure = Figure(figsize=(1.2 * shown + 1.8, 1.5 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), shown, squeeze=False)
+    for (title, images), line in zip(rows, axes, strict=True):
+        for image, axis in zip(images, line, strict=True):
+            axis.imshow(image)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        line[0].set_ylabel(title, rotation="horizontal", ha="right", va="center")
+    return figure
+
+
+def draw_entropies(evaluation: Evaluation, threshold_bits: float) -> Figure:
+    """Return the histograms of clean and trojaned entropies with the threshold between accepting and rejecting."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    trojaned = evaluation.trojaned_entropies_bits
+    bins = np.linspace(0, math.log2(evaluation.classes), 80).tolist()
+    if trojaned is not None:
+        bins = np.linspace(0, float(max(evaluation.clean_entropies_bits.max(), trojaned.max())) * 1.02, 60).tolist()
+        axis.hist(trojaned, bins, alpha=0.65, color="#c0392b", label=f"trojaned, n = {len(trojaned)}")
+    clean = evaluation.clean_entropies_bits
+    axis.hist(clean, bins, alpha=0.65, color="#2471a3", label=f"clean, n = {len(clean)}")
+    axis.axvline(threshold_bits, color="black", linestyle="--", label=f"threshold, {threshold_bits:.3f} bits")
+    axis.set_xlabel("STRIP entropy (bits): what lies at or left of the threshold is rejected")
+    axis.set_ylabel("images")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    return figure
+
+
+def _serve_and_evaluate(repository: Path, clean: Samples, trojaned: Samples, on_progress: Progress) -> Evaluation:
+    with EmbeddedTriton(repository) as server, GuardedClient(server.grpc_address) as client:
+        return evaluate(
+            client,
+            clean,
+            trojaned,
+            on_progress=lambda done, total: on_progress(f"Asking the served {repository.name}", done, total),
+        )
+
+
+def _write_images(folder: Path, clean: Samples, trojaned: Samples) -> None:
+    folder.mkdir()
+    for name, samples in (("clean", clean), ("trojaned", trojaned)):
+        chosen = np.linspace(0, len(samples) - 1, _PICTURES_WRITTEN).astype(np.int64)
+        for number, index in enumerate(chosen, start=1):
+            Image.fromarray(samples.images[index]).save(folder / f"{name}-{number}.png")

@@ -1,0 +1,129 @@
+"""The stages behind the Python-backend models, fed as Triton feeds them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from detector.errors import RepositoryError
+from detector.serving import entropy_stage, perturb_stage, verdict_stage
+from tests.detector import reference
+from tests.detector.triton import PbUtils, request
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def arguments(folder: Path, mode: str | None = "block", kind: str = "CPU") -> dict[str, str]:
+    parameters = {} if mode is None else {"mode": {"string_value": mode}}
+    return {
+        "model_name": "strip_verdict",
+        "model_repository": str(folder),
+        "model_version": "1",
+        "model_instance_kind": kind,
+        "model_instance_device_id": "0",
+        "model_config": json.dumps({"parameters": parameters}),
+    }
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    (tmp_path / "1").mkdir()
+    overlays = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 2), dtype=np.uint8)
+    np.savez(tmp_path / "1" / "overlays.npz", overlays=overlays, alpha=0.6)
+    (tmp_path / "1" / "calibration.json").write_text(json.dumps({"threshold_bits": 0.5}))
+    return tmp_path
+
+
+def test_all_requests_of_a_batch_are_answered_each_with_its_own_rows(model_folder: Path) -> None:
+    generator = np.random.default_rng(1)
+    images = [generator.integers(0, 256, (count, 4, 5, 2), dtype=np.uint8) for count in (2, 1, 4)]
+    stage = perturb_stage(arguments(model_folder), PbUtils())
+    answers = stage.execute([request(image=batch) for batch in images])
+    overlays = np.load(model_folder / "1" / "overlays.npz")["overlays"]
+    for batch, answer in zip(images, answers, strict=True):
+        perturbations = answer.arrays()["perturbations"]
+        assert perturbations.shape == (len(batch), 3, 4, 5, 2)
+        assert perturbations.flags.c_contiguous
+        for image, blends in zip(batch, perturbations, strict=True):
+            expected = [reference.blend(image, overlay, 0.6) for overlay in overlays]
+            np.testing.assert_allclose(blends, expected, atol=1e-4)
+
+
+def test_the_entropy_stage_keeps_the_batch_dimension() -> None:
+    stage = entropy_stage(arguments(Path("unused")), PbUtils())
+    (answer,) = stage.execute([request(sentinel_probabilities=np.full((2, 3, 4), 0.25, np.float32))])
+    np.testing.assert_allclose(answer.arrays()["entropy"], [[2.0], [2.0]])
+
+
+@pytest.mark.parametrize(("mode", "label"), [("block", 3), ("shadow", 1)])
+def test_the_mode_decides_what_a_trojaned_input_gets(model_folder: Path, mode: str, label: int) -> None:
+    stage = verdict_stage(arguments(model_folder, mode), PbUtils())
+    probabilities = np.array([[0.1, 0.8, 0.1], [0.1, 0.8, 0.1]], np.float32)
+    (answer,) = stage.execute([request(entropy=np.array([[0.5], [0.6]], np.float32), probabilities=probabilities)])
+    assert answer.arrays()["label"].tolist() == [[label], [1]]
+    assert answer.arrays()["label"].dtype == np.int32
+    assert answer.arrays()["trojaned"].tolist() == [[True], [False]]
+
+
+def test_an_input_whose_repaired_probabilities_are_broken_is_rejected(model_folder: Path) -> None:
+    stage = verdict_stage(arguments(model_folder), PbUtils())
+    probabilities = np.array([[np.nan, 0.5, 0.5]], np.float32)
+    (answer,) = stage.execute([request(entropy=np.array([[9.0]], np.float32), probabilities=probabilities)])
+    assert answer.arrays()["trojaned"].tolist() == [[True]]
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "{}", '{"threshold_bits": null}', '{"threshold_bits": NaN}', '{"threshold_bits": -1}']
+)
+def test_without_a_usable_calibration_the_model_does_not_load(model_folder: Path, text: str | None) -> None:
+    path = model_folder / "1" / "calibration.json"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RepositoryError, match=r"calibration\.json"):
+        verdict_stage(arguments(model_folder), PbUtils())
+
+
+@pytest.mark.parametrize("mode", [None, "", "off"])
+def test_an_unknown_mode_does_not_load(model_folder: Path, mode: str | None) -> None:
+    with pytest.raises(RepositoryError, match="expected one of block, shadow"):
+        verdict_stage(arguments(model_folder, mode), PbUtils())
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {},
+        {"overlays": np.zeros((1, 2, 2, 3), np.uint8)},
+        {"overlays": np.zeros((1, 2, 2, 3), np.float32), "alpha": 0.5},
+        {"overlays": np.zeros((1, 2, 2, 3), np.uint8), "alpha": 2.0},
+        {"overlays": np.array([None], dtype=object), "alpha": 0.5},
+    ],
+)
+def test_without_usable_overlays_the_model_does_not_load(tmp_path: Path, stored: dict[str, Any]) -> None:
+    (tmp_path / "1").mkdir()
+    np.savez(tmp_path / "1" / "overlays.npz", **stored)
+    with pytest.raises(RepositoryError, match=r"overlays\.npz"):
+        perturb_stage(arguments(tmp_path), PbUtils())
+
+
+def test_a_truncated_overlay_file_does_not_load(model_folder: Path) -> None:
+    path = model_folder / "1" / "overlays.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RepositoryError, match=r"overlays\.npz"):
+        perturb_stage(arguments(model_folder), PbUtils())
+
+
+def test_a_gpu_instance_without_cupy_computes_on_the_cpu_and_says_so(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cupy", None)
+    pb_utils = PbUtils()
+    stage = verdict_stage(arguments(model_folder, kind="GPU"), pb_utils)
+    (answer,) = stage.execute([request(entropy=np.ones((1, 1), np.float32), probabilities=np.ones((1, 2), np.float32))])
+    assert answer.arrays()["trojaned"].tolist() == [[False]]
+    assert "CuPy" in pb_utils.Logger.warnings[0]

@@ -1,0 +1,71 @@
+"""A typed stand-in for Triton's `triton_python_backend_utils`: a misspelt attribute is an error, as with the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor on the CPU."""
+
+    tensor_name: str
+    array: NDArray[Any]
+
+    def name(self) -> str:
+        return self.tensor_name
+
+    def is_cpu(self) -> bool:
+        return True
+
+    def as_numpy(self) -> NDArray[Any]:
+        return self.array
+
+
+@dataclass(frozen=True)
+class InferenceRequest:
+    """A request with named inputs."""
+
+    inputs: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class InferenceResponse:
+    """A response with named outputs."""
+
+    output_tensors: Sequence[Tensor]
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return {tensor.name(): tensor.as_numpy() for tensor in self.output_tensors}
+
+
+@dataclass(frozen=True)
+class Logger:
+    """Collects warnings."""
+
+    warnings: list[str] = field(default_factory=list)
+
+    def log_warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@dataclass(frozen=True)
+class PbUtils:
+    """What of the module the stages use."""
+
+    Logger: Logger = field(default_factory=Logger)
+    Tensor: type[Tensor] = Tensor
+    InferenceResponse: type[InferenceResponse] = InferenceResponse
+
+    def get_input_tensor_by_name(self, request: InferenceRequest, name: str) -> Tensor | None:
+        return next((tensor for tensor in request.inputs if tensor.name() == name), None)
+
+
+def request(**inputs: Any) -> InferenceRequest:
+    """Return a request with the arrays given by name."""
+    return InferenceRequest([Tensor(name, np.asarray(array)) for name, array in inputs.items()])
