@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from exporter.export import Export
 
 app = typer.Typer(
-    help="A tripwire for trojaned inputs: repairs a backdoored Keras classifier, serves it with a verdict on each input.",
+    help="A tripwire for trojaned inputs: repairs a backdoored Keras classifier, serves it with a verdict on inputs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

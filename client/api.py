@@ -46,8 +46,7 @@ _T = TypeVar("_T")
 
 _MAX_MESSAGE_BYTES = 2**31 - 1  # Triton's own limit
 _MAX_REQUEST_BYTES = 2**26  # 64 MiB: a few large images a request keep the window's memory bounded
-_FIRST_BACKOFF_SECONDS = 0.2
-_MAX_BACKOFF_SECONDS = 5.0
+_BACKOFF = wait_exponential(multiplier=0.2, max=5.0) + wait_random(0.0, 0.2)  # seconds; random against herds
 
 ERROR_OF_STATUS: Mapping[grpc.StatusCode, type[ServerError]] = MappingProxyType(
     {
@@ -457,8 +456,7 @@ class GuardedClient:
         retrying = Retrying(
             retry=retry_if_exception(_is_unavailable),
             stop=is_enough,
-            wait=wait_exponential(_FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS)
-            + wait_random(0, _FIRST_BACKOFF_SECONDS),
+            wait=_BACKOFF,
             sleep=self._sleep,
             reraise=True,
         )

@@ -72,7 +72,7 @@ def calibrate(entropies: NDArray[np.floating[Any]], target_frr: float) -> Calibr
     if rejected / (count + 1) > target_frr:  # ties at the threshold: every one of them would be rejected
         raise CalibrationError(
             f"target FRR: {rejected} of {count} calibration images have an entropy of at most {threshold:.6g} bits, so "
-            f"no threshold can reject as few as {target_frr:.1%}; the network answers them alike whatever is blended in. "
+            f"no threshold can reject as few as {target_frr:.1%}; the network answers alike whatever is blended in. "
             "Choose another --alpha or more overlays"
         )
     low, high = frr_range(rank, count)

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -20,7 +21,7 @@ from typing import TypeAlias
 
 from detector.errors import ModelRefusedError
 
-MAX_CONFIG_BYTES = 16 * 2**20
+MAX_CONFIG_BYTES = 4 * 2**20
 MAX_LAYERS = 1_000
 MAX_SIDE = 2_048
 """Largest height or width of the input image, in pixels."""
@@ -29,6 +30,8 @@ MAX_CHANNELS = 65_536
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _BATCH_SHAPE_RANK = 4
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 128
 
 _Check: TypeAlias = Callable[[object], object]
 
@@ -102,9 +105,9 @@ def read_json(text: str | bytes) -> object:
         raise ModelRefusedError(f"a config of {len(text):,} characters; expected at most {MAX_CONFIG_BYTES:,}")
     try:
         value: object = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except ModelRefusedError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, ModelRefusedError):
-            raise
         raise ModelRefusedError(f"the config is not valid JSON ({type(error).__name__}: {error})") from error
     return value
 
@@ -142,7 +145,7 @@ def parameter_count(layer: LayerConfig, input_shape: Sequence[int]) -> int:
 
 def show(value: object) -> str:
     """Return `value` of a hostile file for a message: escaped and cut short."""
-    return reprlib.repr(value)
+    return _REPR.repr(value)
 
 
 def _sizes(value: object) -> tuple[int, ...]:
@@ -155,8 +158,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Build a JSON object; of a repeated key two readers may take different values, so refuse it."""
     members = dict(pairs)
     if len(members) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in members if keys.count(key) > 1)
+        ((repeated, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ModelRefusedError(f"the config repeats the key {show(repeated)}")
     return members
 
@@ -414,7 +416,8 @@ def _entry(raw: object) -> _Entry:
     class_name = layer.get("class_name")
     config = _mapping(layer.get("config"), f"the config of a layer of class {show(class_name)}")
     name = config.get("name")
-    who = f"layer {show(name)} ({class_name if isinstance(class_name, str) else show(class_name)[:80]})"
+    kind = show(class_name).strip("'")
+    who = f"layer {show(name)} ({kind})"
     if not isinstance(class_name, str) or class_name not in _SETTINGS:
         raise ModelRefusedError(
             f"{who} of module {show(layer.get('module'))} is not a layer that Stripwire loads: a class outside its "
@@ -425,11 +428,10 @@ def _entry(raw: object) -> _Entry:
             f"{who} says module {show(layer.get('module'))}, registered_name {show(layer.get('registered_name'))}; "
             "expected a layer of keras.layers: custom classes need their author's code, which Stripwire does not run"
         )
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or layer.get("name", name) != name:
-        raise ModelRefusedError(
-            f"{who} is called {show(layer.get('name'))} too; expected one name of letters, digits, '_', '.' and '-', "
-            "at most 128"
-        )
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ModelRefusedError(f"{who}: expected a name of at most 128 letters, digits, '_', '.' and '-'")
+    if layer.get("name", name) != name:
+        raise ModelRefusedError(f"{who} is also called {show(layer.get('name'))}; expected one name")
     settings: dict[str, object] = {}
     ignored: dict[str, object] = {}
     for written_key, value in config.items():

@@ -1,4 +1,4 @@
-"""A typed stand-in for Triton's `triton_python_backend_utils`: a misspelt attribute is an error, as with the real one."""
+"""A typed stand-in for Triton's `triton_python_backend_utils`: unlike a mock it has no attribute that was misspelt."""
 
 from __future__ import annotations
 

@@ -1,0 +1,205 @@
+"""The embedded Triton: the real server, started, stopped, and refused with a reason."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tritonclient.grpc as triton_grpc
+
+from deploy.embedded.server import (
+    EmbeddedTriton,
+    check_stub_packages,
+    choose_ports,
+    error_lines,
+    find_libpython,
+    find_triton,
+)
+from detector.calibration import fixed_threshold
+from detector.errors import InputError, RepositoryError, ServerError, ServerStartError, SetupError
+from exporter.convert import repaired_graph, sentinel_graph, to_onnx
+from exporter.repository import ServedModel, write_repository
+from model_repository.manifest import read_manifest, write_manifest
+from tests.networks import small_network
+
+SHAPE, CLASSES = (8, 7, 3), 5
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    network = to_onnx(small_network(SHAPE, CLASSES))
+    overlays = np.random.default_rng(0).integers(0, 256, (4, *SHAPE), dtype=np.uint8)
+    served = ServedModel(
+        sentinel_graph(network, "unit"),
+        repaired_graph(network, "unit"),
+        overlays,
+        0.5,
+        fixed_threshold(np.array([1.0, 2.0]), 10.0),  # above log2(5): everything is rejected
+        CLASSES,
+        {},
+    )
+    folder = tmp_path_factory.mktemp("served") / "repository"
+    write_repository(folder, served)
+    return folder
+
+
+def classify(address: str) -> tuple[list[int], list[bool]]:
+    image = triton_grpc.InferInput("image", [1, *SHAPE], "UINT8")
+    image.set_data_from_numpy(np.zeros((1, *SHAPE), np.uint8))
+    with triton_grpc.InferenceServerClient(address) as client:
+        answer = client.infer("guarded", [image])
+    return answer.as_numpy("label").ravel().tolist(), answer.as_numpy("trojaned").ravel().tolist()
+
+
+def leftovers(prefix: str) -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if name.startswith(prefix)]  # noqa: PTH208
+
+
+def wait_until_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert alive == []
+
+
+def test_it_serves_and_leaves_no_process_memory_or_file_behind(repository: Path) -> None:
+    before = sorted(path.name for path in repository.rglob("*"))
+    with EmbeddedTriton(repository) as server:
+        family = psutil.Process(server.process_id).children(recursive=True)
+        assert len(family) >= 5  # a stub for each Python-backed model
+        assert classify(server.grpc_address) == ([CLASSES], [True])
+        with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as answer:  # noqa: S310
+            assert b"nv_inference_count" in answer.read()
+        listening = {
+            c.laddr.ip for c in psutil.Process(server.process_id).net_connections("tcp") if c.status == "LISTEN"
+        }
+        assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
+    wait_until_gone(family)
+    assert leftovers("stripwire-") == []
+    assert sorted(path.name for path in repository.rglob("*")) == before
+
+
+def test_in_shadow_mode_the_verdict_is_only_reported(repository: Path) -> None:
+    with EmbeddedTriton(repository, mode="shadow") as server:
+        labels, trojaned = classify(server.grpc_address)
+    assert labels[0] < CLASSES
+    assert trojaned == [True]
+
+
+def test_an_altered_repository_is_not_served(repository: Path, tmp_path: Path) -> None:
+    altered = tmp_path / "repository"
+    subprocess.run(["cp", "-r", repository, altered], check=True)  # noqa: S607
+    (altered / "strip_verdict" / "1" / "calibration.json").write_text('{"threshold_bits": 0.0}')
+    with pytest.raises(RepositoryError, match="was altered"), EmbeddedTriton(altered):
+        pass
+
+
+def test_when_a_model_does_not_load_the_servers_own_error_lines_are_shown(repository: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "repository"
+    subprocess.run(["cp", "-r", repository, broken], check=True)  # noqa: S607
+    (broken / "strip_verdict" / "1" / "calibration.json").write_text("{}")
+    write_manifest(broken, read_manifest(broken)["versions"])
+    with pytest.raises(ServerStartError, match=r"calibration\.json: no usable calibration"), EmbeddedTriton(broken):
+        pass
+    assert leftovers("stripwire-") == []
+
+
+def test_a_server_that_dies_is_reported(repository: Path) -> None:
+    with EmbeddedTriton(repository) as server:
+        os.kill(server.process_id, signal.SIGKILL)
+        with pytest.raises(ServerError, match="ended by itself with status -9"):
+            server.wait()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_when_the_command_dies_the_server_dies_too(repository: Path, stop: signal.Signals) -> None:
+    command = [sys.executable, "-m", "stripwire", "serve", str(repository)]
+    command += ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if b"Ctrl-C stops it" in line:
+            break
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert any(member.name() == "tritonserver" for member in family)
+    process.send_signal(stop)
+    process.wait()
+    process.stdout.close()
+    wait_until_gone(family)
+    for name in leftovers("stripwire-"):  # after kill -9 nobody is left to clean up
+        assert stop == signal.SIGKILL
+        Path("/dev/shm", name).unlink()  # noqa: S108
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=rf"port {port} of 127\.0\.0\.1: cannot be used"):
+            choose_ports("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("ports", [(70000,), (-1,)])
+def test_a_port_out_of_range_is_refused(ports: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="port: got"):
+        choose_ports("127.0.0.1", *ports)
+
+
+def test_free_ports_are_all_different() -> None:
+    assert len(set(choose_ports("127.0.0.1", 0, 0, 0))) == 3
+
+
+def test_an_unknown_mode_is_refused(repository: Path) -> None:
+    with pytest.raises(InputError, match="mode: got 'off', expected one of block, shadow"):
+        EmbeddedTriton(repository, mode="off")
+
+
+def test_a_missing_libpython_is_named_with_the_package_to_install(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"libpython3\.11\.so\.1\.0 was not found.*apt-get install libpython3\.11"):
+        find_libpython("3.11", (str(tmp_path), None))
+
+
+@pytest.mark.parametrize(
+    ("python", "numpy", "missing", "message"),
+    [
+        ("2.7", "1.26.4", [], "is 2.7, expected 3"),
+        (None, "2.1.0", [], "got NumPy 2.1.0, expected 1.26"),
+        (None, "1.26.4", ["onnxruntime"], "cannot import onnxruntime"),
+    ],
+)
+def test_a_python_that_triton_cannot_use_is_named(
+    python: str | None, numpy: str, missing: list[str], message: str
+) -> None:
+    running = f"{sys.version_info.major}.{sys.version_info.minor}"
+    with pytest.raises(SetupError, match=message):
+        check_stub_packages(python or running, numpy, missing)
+
+
+def test_the_installation_is_found_whole() -> None:
+    triton = find_triton()
+    assert triton.executable.is_file()
+    assert triton.stub.is_file()
+    assert all(folder.is_dir() for folder in triton.library_folders)
+
+
+def test_error_lines_prefer_errors_over_chatter() -> None:
+    log = "I1122 fine\nE1122 12:00 broken\nI1122 fine again\n"
+    assert error_lines(log) == "E1122 12:00 broken"
+    assert error_lines("one\ntwo\n") == "one\ntwo"
+    assert "nothing" in error_lines("")
+
+
+def test_starting_takes_only_as_long_as_it_is_allowed(repository: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(ServerStartError, match=r"not ready within 0\.01 seconds"):
+        EmbeddedTriton(repository, startup_timeout_seconds=0.01).start()
+    assert time.monotonic() - started < 60

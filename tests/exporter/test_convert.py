@@ -1,0 +1,67 @@
+"""The two served graphs do what the Keras network does."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import onnx
+import pytest
+
+from detector.errors import ExportError, InputError
+from exporter.convert import (
+    IR_VERSION,
+    OPSET,
+    check_parity,
+    check_scale,
+    open_session,
+    repaired_graph,
+    sentinel_graph,
+    to_onnx,
+)
+from tests.networks import small_network
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 7, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model() -> keras.Model:
+    return small_network()
+
+
+@pytest.mark.parametrize("scale", ["unit", "raw"])
+def test_both_graphs_match_keras_on_images(model: keras.Model, scale: str) -> None:
+    network = to_onnx(model)
+    for name, graph in (("badnet", sentinel_graph(network, scale)), ("repaired", repaired_graph(network, scale))):
+        assert check_parity(model, graph, IMAGES, scale, name) < 1e-5
+
+
+def test_the_sentinel_folds_the_perturbations_into_its_batch(model: keras.Model) -> None:
+    perturbations = np.random.default_rng(1).uniform(0, 255, (2, 3, 8, 7, 3)).astype(np.float32)
+    session = open_session(sentinel_graph(to_onnx(model), "unit"))
+    (got,) = session.run(None, {"perturbations": perturbations})
+    expected = model.predict(perturbations.reshape(6, 8, 7, 3) / 255, verbose=0).reshape(2, 3, 5)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_the_graphs_are_readable_by_the_servers_of_the_last_years(model: keras.Model) -> None:
+    graph = repaired_graph(to_onnx(model), "unit")
+    onnx.checker.check_model(graph, full_check=True)
+    assert graph.ir_version == IR_VERSION
+    assert {entry.domain: entry.version for entry in graph.opset_import}[""] == OPSET
+
+
+def test_a_graph_that_does_something_else_is_refused(model: keras.Model) -> None:
+    other = keras.models.clone_model(model)
+    with pytest.raises(ExportError, match="does not do what the Keras network does"):
+        check_parity(model, repaired_graph(to_onnx(other), "unit"), IMAGES, "unit", "repaired network")
+
+
+def test_a_network_without_probabilities_is_refused() -> None:
+    logits = keras.Sequential([keras.Input((8, 7, 3)), keras.layers.Flatten(), keras.layers.Dense(5)])
+    with pytest.raises(ExportError, match="expected a network that ends in softmax"):
+        check_parity(logits, repaired_graph(to_onnx(logits), "unit"), IMAGES, "unit", "original network")
+
+
+def test_an_unknown_scale_is_refused() -> None:
+    with pytest.raises(InputError, match="scale: got 'half', expected one of unit, raw"):
+        check_scale("half")

@@ -1,0 +1,85 @@
+"""Folders appear whole or not at all, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from detector.errors import InputError
+from exporter.publishing import staged_folder
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "result"
+    with staged_folder(target) as staged:
+        (staged / "file").write_text("content")
+        assert not target.exists()
+    assert (target / "file").read_text() == "content"
+    assert [path.name for path in target.parent.iterdir()] == ["result"]
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), staged_folder(tmp_path / "result") as staged:
+        (staged / "file").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    target.mkdir()
+    (target / "old").touch()
+    with pytest.raises(RuntimeError), staged_folder(target, replace=True):
+        raise RuntimeError
+    assert [path.name for path in target.iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    target.mkdir()
+    (target / "old").touch()
+    with pytest.raises(InputError, match="exists and is not empty"), staged_folder(target):
+        pass
+    with staged_folder(target, replace=True) as staged:
+        (staged / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "result").touch()
+    with pytest.raises(InputError, match="result: is a file"), staged_folder(tmp_path / "result", replace=True):
+        pass
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupt_leaves_no_half_written_folder(tmp_path: Path, stop: signal.Signals) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from exporter.publishing import staged_folder\n"
+        "with staged_folder(Path(sys.argv[1])) as staged:\n"
+        "    (staged / 'file').touch(); print('writing', flush=True); time.sleep(60)"
+    )
+    target = tmp_path / "result"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(target)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    os.kill(process.pid, stop)
+    process.wait()
+    process.stdout.close()
+    time.sleep(0.1)
+    assert not target.exists()
+    with staged_folder(target) as staged:
+        (staged / "file").touch()
+    assert [path.name for path in target.iterdir()] == ["file"]
