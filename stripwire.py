@@ -379,7 +379,7 @@ def figure(rate: Proportion | None) -> str:
         return "-"
     if not rate.count:
         return "none accepted"
-    return f"{rate.rate:.1%}\n({rate.low:.1%}-{rate.high:.1%}, n={rate.count})"
+    return f"{100 * rate.rate:.1f} %\n{100 * rate.low:.1f}-{100 * rate.high:.1f}\nn={rate.count}"
 
 
 @contextmanager

@@ -471,13 +471,13 @@ class GuardedClient:
         said = error.message() or "no details"
         kind = ERROR_OF_STATUS[status]
         if kind is ServerUnavailableError:
-            message = f"no server answers ({said}). Start one with `stripwire serve`, or give another address"
+            message = f"the server is unavailable ({said}); if none runs there, start one with `stripwire serve`"
         elif kind is DeadlineExceededError:
             message = f"model {model!r} did not answer within {self._timeout_seconds:g} s; allow it more time"
         elif kind is RequestRejectedError:
             message = f"model {model!r} refused the request: {said}"
         elif kind is AccessDeniedError:
-            message = f"the server refused us ({said}); check the token and the client certificate"
+            message = f"the server refused us ({said}); check the token, the headers and the client certificate"
         elif status is grpc.StatusCode.NOT_FOUND:
             message = f"the server has not loaded the model {model!r} ({said}); does it serve an exported repository?"
         elif status is grpc.StatusCode.UNIMPLEMENTED:

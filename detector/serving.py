@@ -59,10 +59,13 @@ class Stage:
             self._xp.cuda.get_current_stream().synchronize()
         responses = []
         start = 0
-        for parts in per_request:
+        for request, parts in zip(requests, per_request, strict=True):
             stop = start + parts[0].shape[0]
+            requested = set(request.requested_output_names())
             tensors = [
-                self._to_tensor(name, result[start:stop]) for name, result in zip(self._outputs, results, strict=True)
+                self._to_tensor(name, result[start:stop])
+                for name, result in zip(self._outputs, results, strict=True)
+                if name in requested
             ]
             responses.append(self._pb_utils.InferenceResponse(output_tensors=tensors))
             start = stop
@@ -107,17 +110,20 @@ def perturb_stage(args: dict[str, str], pb_utils: Any) -> Stage:
 
 
 def entropy_stage(args: dict[str, str], pb_utils: Any) -> Stage:
-    """Return the stage of `strip_entropy`: `sentinel_probabilities` to `entropy`."""
+    """Return the stage of `strip_entropy`: `sentinel_probabilities` to `sentinel_entropy`."""
     xp = _array_namespace(args, pb_utils)
 
     def compute(probabilities: Array) -> list[Array]:
         return [entropy_bits(probabilities, xp=xp)[:, None]]
 
-    return Stage(pb_utils, ["sentinel_probabilities"], ["entropy"], compute, xp)
+    return Stage(pb_utils, ["sentinel_probabilities"], ["sentinel_entropy"], compute, xp)
 
 
 def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
-    """Return the stage of `strip_verdict`: `entropy` and `probabilities` to `label` and `trojaned`.
+    """Return the stage of `strip_verdict`: `sentinel_entropy` and `repaired_probabilities` to all public outputs.
+
+    It hands the entropy and the probabilities on under their public names: a tensor of an ensemble that is public and
+    read by another step is lost to that step when the caller does not ask for it.
 
     Args:
         args: what Triton passes to `initialize`. The version folder holds `calibration.json` with `threshold_bits`; the
@@ -139,9 +145,10 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
         # A label read off broken probabilities means nothing: reject the input.
         trojaned = trojaned | ~xp.all(xp.isfinite(probabilities), axis=-1)
         labels = guarded_labels(probabilities, trojaned, block=mode == "block", xp=xp)
-        return [labels[:, None], trojaned[:, None]]
+        return [labels[:, None], trojaned[:, None], entropy, probabilities]
 
-    return Stage(pb_utils, ["entropy", "probabilities"], ["label", "trojaned"], compute, xp)
+    inputs = ["sentinel_entropy", "repaired_probabilities"]
+    return Stage(pb_utils, inputs, ["label", "trojaned", "entropy", "probabilities"], compute, xp)
 
 
 def _threshold_bits(path: Path) -> float:

@@ -48,7 +48,7 @@ def to_onnx(model: keras.Model) -> onnx.ModelProto:
 
 
 def repaired_graph(network: onnx.ModelProto, scale: str) -> onnx.ModelProto:
-    """Return the graph of `repaired`: `image` UINT8 (batch, H, W, C) to `probabilities` FP32 (batch, classes)."""
+    """Return the graph of `repaired`: `image` UINT8 (batch, H, W, C) to `repaired_probabilities` FP32 (batch, classes)."""
     height, width, channels, classes = _dimensions(network)
     nodes = [
         helper.make_node("Cast", ["image"], ["stripwire/float"], to=TensorProto.FLOAT),
@@ -59,9 +59,9 @@ def repaired_graph(network: onnx.ModelProto, scale: str) -> onnx.ModelProto:
         name="repaired",
         graph_input=helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", height, width, channels]),
         before=nodes,
-        network_output="probabilities",
+        network_output="repaired_probabilities",
         after=[],
-        graph_output=helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", classes]),
+        graph_output=helper.make_tensor_value_info("repaired_probabilities", TensorProto.FLOAT, ["batch", classes]),
         constants={"stripwire/scale": np.float32(SCALES[scale])},
     )
 

@@ -1,10 +1,8 @@
 """Read a Keras classifier from a file that may be hostile.
 
 Whoever planted a backdoor in a network may have put a trap into its file too, so nothing of the file ever reaches
-`keras.models.load_model`: the config goes through the allow-list of `exporter.keras_config`, the network is built here,
-and weights are read as plain numbers from datasets that the file itself holds. HDF5 can point elsewhere in many ways
-(external links, external storage, virtual datasets: CVE-2026-1669) and declare far more than it holds
-(CVE-2026-0897): only ordinary, uncompressed datasets of exactly the expected shape are read.
+`keras.models.load_model`: the config goes through the allow-list of `exporter.keras_config`, the weights come as plain
+numbers from the child process of `exporter.hdf5`, and the network is built here.
 """
 
 from __future__ import annotations
@@ -12,6 +10,8 @@ from __future__ import annotations
 import io
 import math
 import re
+import shutil
+import tempfile
 import zipfile
 import zlib
 from collections import Counter
@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
-import h5py
 import keras
 import numpy as np
 import tensorflow as tf
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 
 from detector.errors import ModelRefusedError
 from exporter.architectures import deepid
+from exporter.hdf5 import Hdf5Contents, read_hdf5
 from exporter.keras_config import (
     MAX_CHANNELS,
     MAX_CONFIG_BYTES,
@@ -41,8 +41,6 @@ ARCHITECTURES: Mapping[str, Callable[[int], keras.Model]] = {"deepid": deepid}
 """Builders of the networks whose weights may come without a config; each takes the number of classes."""
 
 MAX_FILE_BYTES = 4 * 2**30
-MAX_ARCHIVED_WEIGHTS_BYTES = 2 * 2**30
-MAX_PARAMETERS = 200_000_000
 MAX_ACTIVATIONS = 2**26
 """Most numbers in one layer's output for one image."""
 
@@ -53,17 +51,18 @@ _EXPANSION = 100
 _MEMBERS = {
     "config.json": MAX_CONFIG_BYTES,
     "metadata.json": 2**16,
-    "model.weights.h5": MAX_ARCHIVED_WEIGHTS_BYTES,
+    "model.weights.h5": MAX_FILE_BYTES,
 }
-_MAX_GROUP = 64
-# What h5py, zipfile, zlib, Keras and TensorFlow raise at damaged input.
+# What zipfile, zlib, Keras and TensorFlow raise at damaged input.
 _DAMAGE = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, NotImplementedError, OSError),
     *(RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, tf.errors.OpError),
 )
 
-_Datasets: TypeAlias = Callable[[keras.Layer], Mapping[str, h5py.Dataset]]
-"""Finds the weights of a layer in a file, by the names of the layer's variables."""
+_Weight: TypeAlias = "NDArray[np.float32] | str"
+"""A weight's numbers, or why they cannot be used."""
+_Finder: TypeAlias = Callable[[keras.Layer], Mapping[str, _Weight]]
+"""Finds a layer's weights in a file, by the names of the layer's variables."""
 
 
 def load_model(path: Path, *, architecture: str | None = None) -> keras.Model:
@@ -105,7 +104,7 @@ def _load(path: Path, architecture: str | None) -> keras.Model:
         raise ModelRefusedError("no such file; expected a Keras model, .h5 or .keras")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ModelRefusedError(f"{path.stat().st_size:,} bytes; expected at most {MAX_FILE_BYTES:,}")
-    # One open file from here on: HDF5 gets a stream and no path, so that there is no second file to turn to.
+    # One open file from here on, by descriptor: it cannot be exchanged between two looks at it.
     with path.open("rb") as stream:
         magic = stream.read(len(_HDF5_MAGIC))
         stream.seek(0)
@@ -120,91 +119,78 @@ def _load(path: Path, architecture: str | None) -> keras.Model:
 
 def _load_hdf5(stream: BinaryIO, architecture: str | None) -> keras.Model:
     """Load an `.h5` file, with or without a config."""
-    with h5py.File(stream, "r") as file:
-        if "model_config" in file.attrs:
-            network = read_network(_config_text(file.attrs.get_id("model_config")))
-            model, layers = _build(network, stream.seek(0, io.SEEK_END))
-            weights = _child(file, "model_weights")
-            _fill(layers, lambda layer: _named_datasets(weights, layer))
-            return model
-        if architecture is None:
-            raise ModelRefusedError(
-                "has weights only and does not say of which network; expected architecture to be one of "
-                f"{', '.join(ARCHITECTURES)}, or a file of the full model"
-            )
-        build = ARCHITECTURES[architecture]
-        # Its layers' names and places do not depend on the number of classes, which the output's bias tells.
-        template = build(2)
-        bias = _finder(file, template.layers)(template.layers[-1])["bias"]
-        classes = bias.shape[0] if len(bias.shape) == 1 else 0
-        if not 2 <= classes <= MAX_CHANNELS:
-            raise ModelRefusedError(f"the output's bias has shape {bias.shape}; expected 2 to {MAX_CHANNELS} classes")
-        model = build(classes)
-        _fill(model.layers, _finder(file, model.layers))
-        return model
+    contents = read_hdf5(stream)
+    if contents.config is not None:
+        return _restore(read_network(contents.config), contents)
+    if architecture is None:
+        raise ModelRefusedError(
+            "has weights only and does not say of which network; expected architecture to be one of "
+            f"{', '.join(ARCHITECTURES)}, or a file of the full model"
+        )
+    build = ARCHITECTURES[architecture]
+    # Its layers' names and places do not depend on the number of classes, which the output's bias tells.
+    template = build(2)
+    bias = _finder(contents, template.layers)(template.layers[-1]).get("bias")
+    classes = bias.size if isinstance(bias, np.ndarray) and bias.ndim == 1 else 0
+    if not 2 <= classes <= MAX_CHANNELS:
+        got = bias.shape if isinstance(bias, np.ndarray) else bias
+        raise ModelRefusedError(f"the output's bias is {got}; expected 2 to {MAX_CHANNELS} classes of {architecture}")
+    model = build(classes)
+    _fill(model.layers, contents)
+    return model
 
 
 def _load_archive(stream: BinaryIO) -> keras.Model:
-    """Load a `.keras` file, reading its members into memory: nothing is unpacked to disk."""
+    """Load a `.keras` file; its names never become paths, and its weights go through a nameless temporary file."""
     # zipfile reads the whole table of contents first: let it be one that three files need.
     stream.seek(-min(stream.seek(0, io.SEEK_END), 42), io.SEEK_END)
     tail = stream.read()
     if tail[-22:-18] != b"PK\x05\x06" or tail[:4] == b"PK\x06\x07" or int.from_bytes(tail[-10:-6], "little") > 2**12:
         raise ModelRefusedError("its table of contents is missing, or too long for the three members of a .keras file")
-    with zipfile.ZipFile(stream) as archive:
+    with zipfile.ZipFile(stream) as archive, tempfile.TemporaryFile() as weights:
         members = {info.filename: info for info in archive.infolist()}
         if sorted(members) != sorted(_MEMBERS) or len(archive.infolist()) != len(members):
             found = show(sorted(info.filename for info in archive.infolist()))
             raise ModelRefusedError(f"holds {found}; expected exactly {', '.join(_MEMBERS)} of a .keras file")
-        contents = {name: _member(archive, info) for name, info in members.items()}
-    metadata = read_json(contents["metadata.json"])
-    version = metadata.get("keras_version") if isinstance(metadata, dict) else None
-    if not isinstance(version, str) or not version.startswith("3."):
-        raise ModelRefusedError(
-            f"a .keras file of Keras {show(version)}, expected 3: load it with the Keras 2 or tf_keras that wrote it, "
-            "where you trust it, and save it as .h5"
-        )
-    model, layers = _build(read_network(contents["config.json"]), len(contents["model.weights.h5"]))
-    with h5py.File(io.BytesIO(contents["model.weights.h5"]), "r") as file:
-        _fill(layers, _finder(file, layers))
-    return model
+        for info in members.values():
+            _check_size(info)
+        metadata = read_json(archive.read("metadata.json"))
+        version = metadata.get("keras_version") if isinstance(metadata, dict) else None
+        if not isinstance(version, str) or not version.startswith("3."):
+            raise ModelRefusedError(
+                f"a .keras file of Keras {show(version)}, expected 3: load it with the Keras 2 or tf_keras that wrote "
+                "it, where you trust it, and save it as .h5"
+            )
+        network = read_network(archive.read("config.json"))
+        with archive.open("model.weights.h5") as member:
+            shutil.copyfileobj(member, weights)
+        return _restore(network, read_hdf5(weights))
 
 
-def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    """Return a member's bytes, checked against its limit and for being a decompression bomb."""
+def _check_size(info: zipfile.ZipInfo) -> None:
+    """Check what a member says it unpacks to, more than which zipfile does not read."""
     limit = min(_MEMBERS[info.filename], max(2**20, _EXPANSION * info.compress_size))
-    with archive.open(info) as member:
-        content = member.read(limit + 1) if info.file_size <= limit else None
-    if content is None or len(content) > limit:
+    if info.file_size > limit:
         raise ModelRefusedError(
             f"{info.filename} unpacks {info.compress_size:,} bytes to {info.file_size:,}; expected at most {limit:,}"
         )
-    return content
 
 
-def _config_text(attribute: h5py.h5a.AttrID) -> str | bytes:
-    """Return the model config of an `.h5` file, one string."""
-    kind = attribute.dtype
-    if attribute.shape != () or h5py.check_string_dtype(kind) is None or kind.itemsize > MAX_CONFIG_BYTES:
-        raise ModelRefusedError(
-            f"model_config has shape {attribute.shape} and type {kind}; expected one string of JSON"
-        )
-    content = np.empty((), kind)
-    attribute.read(content)
-    text = content.item()
-    if not isinstance(text, (str, bytes)):
-        raise ModelRefusedError(f"model_config is {show(text)}; expected one string of JSON")
-    return text
+def _restore(network: NetworkConfig, contents: Hdf5Contents) -> keras.Model:
+    """Build the network of a full model file and give it its weights."""
+    held = sum(value.size for value in contents.weights.values() if isinstance(value, np.ndarray))
+    model, layers = _build(network, held)
+    _fill(layers, contents)
+    return model
 
 
-def _build(network: NetworkConfig, weights_bytes: int) -> tuple[keras.Model, list[keras.Layer]]:
+def _build(network: NetworkConfig, most: int) -> tuple[keras.Model, list[keras.Layer]]:
     """Build the network with fresh weights; return it, and its layers in the file's order.
 
     Args:
         network: its checked config.
-        weights_bytes: size of the file of weights, which bounds how many it can hold.
+        most: how many weights the file holds; a network that wants more is refused before it takes memory.
     """
-    most = min(MAX_PARAMETERS, weights_bytes // np.dtype(np.float16).itemsize)
     tensors = {network.input_name: keras.Input(network.input_shape, name=network.input_name, dtype="float32")}
     configs = {layer.name: layer for layer in network.layers}
     layers = {}
@@ -240,117 +226,66 @@ def _build(network: NetworkConfig, weights_bytes: int) -> tuple[keras.Model, lis
 # ── weights ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fill(layers: Sequence[keras.Layer], datasets_of: _Datasets) -> None:
-    """Give the layers their weights; every dataset is checked before the first one is read."""
+def _fill(layers: Sequence[keras.Layer], contents: Hdf5Contents) -> None:
+    """Give the layers their weights; all are checked before the first one is set."""
+    find = _finder(contents, layers)
     plan = []
     for layer in layers:
         variables = {variable.name: variable for variable in layer.weights}
-        datasets = datasets_of(layer) if variables else {}
-        if datasets.keys() != variables.keys():
+        found = find(layer) if variables else {}
+        if found.keys() != variables.keys():
             raise ModelRefusedError(
-                f"the weights of layer {show(layer.name)} are {show(sorted(datasets))}; expected {sorted(variables)}"
+                f"the weights of layer {show(layer.name)} are {show(sorted(found))}; expected {sorted(variables)}"
             )
         for name, variable in variables.items():
-            _check_dataset(datasets[name], tuple(variable.shape))
-            plan.append((variable, datasets[name]))
-    for variable, dataset in plan:
-        variable.assign(_numbers(dataset))
+            value, who = found[name], f"the weight {name} of layer {show(layer.name)}"
+            if isinstance(value, str):
+                raise ModelRefusedError(f"{who} {value}; expected floats, in this file, in full and uncompressed")
+            if value.shape != tuple(variable.shape):
+                raise ModelRefusedError(f"{who} has shape {value.shape}; expected {tuple(variable.shape)}")
+            if not np.isfinite(value).all():
+                raise ModelRefusedError(f"{who} holds NaN or infinity; expected finite float32 numbers")
+            plan.append((variable, value))
+    for variable, value in plan:
+        variable.assign(value)
 
 
-def _check_dataset(dataset: h5py.Dataset, shape: tuple[int, ...]) -> None:
-    """Check that a dataset holds, itself and in full, plain floating-point numbers of this shape."""
-    storage = dataset.id.get_create_plist()
-    reason = ""
-    if dataset.is_virtual or dataset.external or storage.get_external_count():
-        reason = "takes its values from elsewhere (virtual dataset or external storage)"
-    elif dataset.dtype.kind != "f" or dataset.dtype.itemsize not in (2, 4, 8):
-        reason = f"has type {dataset.dtype}"
-    elif dataset.shape != shape:
-        reason = f"has shape {dataset.shape}"
-    elif storage.get_nfilters():
-        reason = "is compressed or filtered, which Keras never does"
-    elif dataset.id.get_storage_size() < math.prod(shape) * dataset.dtype.itemsize:
-        reason = f"holds only {dataset.id.get_storage_size():,} bytes"
-    if reason:
-        raise ModelRefusedError(
-            f"dataset {show(dataset.name)} {reason}; expected {shape} stored in full as float16, float32 or float64"
-        )
-
-
-def _numbers(dataset: h5py.Dataset) -> NDArray[np.float32]:
-    """Read a checked dataset; its numbers are finite, as float32 too."""
-    with np.errstate(over="ignore"):
-        values: NDArray[np.float32] = dataset[()].astype(np.float32)
-    if not np.isfinite(values).all():
-        raise ModelRefusedError(f"dataset {show(dataset.name)} holds NaN or infinity; expected finite float32 numbers")
-    return values
-
-
-def _finder(file: h5py.File, layers: Sequence[keras.Layer]) -> _Datasets:
-    """Return what finds weights in a file of weights, of Keras 2's or Keras 3's layout."""
-    if "layer_names" in file.attrs:
-        return lambda layer: _named_datasets(file, layer)
+def _finder(contents: Hdf5Contents, layers: Sequence[keras.Layer]) -> _Finder:
+    """Return what finds a layer's weights in the file, whichever of the two layouts it has."""
+    if contents.by_name:
+        return lambda layer: _named_weights(contents, layer)
     # Keras 3 names groups by class, counted in the model's order: conv2d, conv2d_1, dense, ...
     seen: Counter[str] = Counter()
-    group_names = {}
+    groups = {}
     for layer in layers:
         base = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(layer).__name__).lower()
-        group_names[layer.name] = f"{base}_{seen[base]}" if seen[base] else base
+        groups[layer.name] = f"{base}_{seen[base]}" if seen[base] else base
         seen[base] += 1
-    groups = _child(file, "layers")
 
-    def find(layer: keras.Layer) -> Mapping[str, h5py.Dataset]:
-        group = _child(_child(groups, group_names[layer.name]), "vars")
-        if len(group) != len(layer.weights):
-            raise ModelRefusedError(
-                f"the weights of layer {show(layer.name)} are {len(group)}; expected {len(layer.weights)}"
-            )
-        return {variable.name: _dataset(group, str(index)) for index, variable in enumerate(layer.weights)}
+    def find(layer: keras.Layer) -> Mapping[str, _Weight]:
+        found = _under(contents, f"{groups[layer.name]}/vars/")
+        names = {str(index): variable.name for index, variable in enumerate(layer.weights)}
+        return {names.get(path, path): value for path, value in found}
 
     return find
 
 
-def _named_datasets(weights: h5py.Group, layer: keras.Layer) -> Mapping[str, h5py.Dataset]:
-    """Return a layer's weights from the layout of Keras 2 and of Keras 3's `.h5`, by their own names.
+def _named_weights(contents: Hdf5Contents, layer: keras.Layer) -> Mapping[str, _Weight]:
+    """Return a layer's weights by their own names.
 
-    They lie under the layer's group as `<scopes>/kernel:0` (Keras 2) or `<scopes>/kernel` (Keras 3). The group is
-    walked and `weight_names` is not read: an attribute of many strings can unfold to far more than the file's size.
+    They lie under the layer's name as `<scopes>/kernel:0` (Keras 2) or `<scopes>/kernel` (Keras 3).
     """
     renamed = {"depthwise_kernel": "kernel"} if type(layer) is keras.layers.DepthwiseConv2D else {}
-    found: dict[str, h5py.Dataset] = {}
-    groups = [_child(weights, layer.name)]
-    # The list grows while it is walked. A group may hold itself, so it must not grow for ever.
-    for group in groups:
-        if not isinstance(group, h5py.Group) or len(group) > _MAX_GROUP or len(groups) > _MAX_GROUP:
-            raise ModelRefusedError(f"the weights of layer {show(layer.name)} nest or branch too far; expected few")
-        for name in group:
-            child = _child(group, name)
-            if isinstance(child, h5py.Group):
-                groups.append(child)
-                continue
-            leaf = name.removesuffix(":0")
-            leaf = renamed.get(leaf, leaf)
-            if leaf in found:
-                raise ModelRefusedError(f"layer {show(layer.name)} has two weights {show(leaf)}; expected one")
-            found[leaf] = _dataset(group, name)
+    found: dict[str, _Weight] = {}
+    for path, value in _under(contents, f"{layer.name}/"):
+        leaf = path.rpartition("/")[2].removesuffix(":0")
+        leaf = renamed.get(leaf, leaf)
+        if leaf in found:
+            raise ModelRefusedError(f"layer {show(layer.name)} has two weights {show(leaf)}; expected one")
+        found[leaf] = value
     return found
 
 
-def _child(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
-    """Return a member of a group that really lies there: no soft or external link is followed."""
-    where = show(f"{group.name}/{name}")
-    # h5py's own `name in group` would follow an external link to see whether it leads anywhere.
-    links = group.id.links
-    if not links.exists(name.encode()):
-        raise ModelRefusedError(f"{where} is missing; expected the weights of the whole network")
-    if links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
-        raise ModelRefusedError(f"{where} is a link to elsewhere; expected the weights themselves, in this file")
-    return group[name]
-
-
-def _dataset(group: h5py.Group, name: str) -> h5py.Dataset:
-    """Return a member of a group that is a dataset."""
-    child = _child(group, name)
-    if not isinstance(child, h5py.Dataset):
-        raise ModelRefusedError(f"{show(f'{group.name}/{name}')} is a {type(child).__name__}; expected a dataset")
-    return child
+def _under(contents: Hdf5Contents, prefix: str) -> list[tuple[str, _Weight]]:
+    """Return what lies under a path, by the rest of the path."""
+    return [(path[len(prefix) :], value) for path, value in contents.weights.items() if path.startswith(prefix)]

@@ -170,7 +170,7 @@ def fine_prune(
         InputError: the network has no convolution to prune.
     """
     for name, samples in (("repair", clean), ("validation", validation)):
-        if len(samples) == 0:
+        if len(samples) == 0 and options.method != "none":
             raise DataError(f"{name} split: got no images, expected some; give more clean images")
     keras.utils.set_random_seed(options.seed)
     generator = np.random.default_rng(options.seed)

@@ -135,18 +135,22 @@ def model_configs(image_shape: tuple[int, ...], classes: int) -> list[ModelConfi
     # The number of perturbations is a version's own: -1 keeps it out of the configs, which all versions share.
     perturbations = ("perturbations", TYPE_FP32, [-1, *image_shape])
     sentinel_probabilities = ("sentinel_probabilities", TYPE_FP32, [-1, classes])
+    sentinel_entropy = ("sentinel_entropy", TYPE_FP32, [1])
+    repaired_probabilities = ("repaired_probabilities", TYPE_FP32, [classes])
     entropy = ("entropy", TYPE_FP32, [1])
     probabilities = ("probabilities", TYPE_FP32, [classes])
     label = ("label", TYPE_INT32, [1])
     trojaned = ("trojaned", TYPE_BOOL, [1])
 
-    guarded = _config("guarded", [image], [label, trojaned, entropy, probabilities], platform="ensemble")
+    public = [label, trojaned, entropy, probabilities]
+
+    guarded = _config("guarded", [image], public, platform="ensemble")
     steps = (
         ("strip_perturb", ["image"], ["perturbations"]),
         ("badnet", ["perturbations"], ["sentinel_probabilities"]),
-        ("strip_entropy", ["sentinel_probabilities"], ["entropy"]),
-        ("repaired", ["image"], ["probabilities"]),
-        ("strip_verdict", ["entropy", "probabilities"], ["label", "trojaned"]),
+        ("strip_entropy", ["sentinel_probabilities"], ["sentinel_entropy"]),
+        ("repaired", ["image"], ["repaired_probabilities"]),
+        ("strip_verdict", ["sentinel_entropy", "repaired_probabilities"], [name for name, _, _ in public]),
     )
     for name, inputs, outputs in steps:
         # A tensor has the same name in every model that reads or writes it.
@@ -158,14 +162,14 @@ def model_configs(image_shape: tuple[int, ...], classes: int) -> list[ModelConfi
                 output_map={tensor: tensor for tensor in outputs},
             )
         )
-    verdict = _config("strip_verdict", [entropy, probabilities], [label, trojaned], backend="python")
+    verdict = _config("strip_verdict", [sentinel_entropy, repaired_probabilities], public, backend="python")
     verdict.parameters["mode"].CopyFrom(ModelParameter(string_value="block"))
     return [
         guarded,
         _config("strip_perturb", [image], [perturbations], backend="python"),
         _config("badnet", [perturbations], [sentinel_probabilities], platform="onnxruntime_onnx"),
-        _config("strip_entropy", [sentinel_probabilities], [entropy], backend="python"),
-        _config("repaired", [image], [probabilities], platform="onnxruntime_onnx"),
+        _config("strip_entropy", [sentinel_probabilities], [sentinel_entropy], backend="python"),
+        _config("repaired", [image], [repaired_probabilities], platform="onnxruntime_onnx"),
         verdict,
     ]
 

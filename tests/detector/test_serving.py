@@ -14,6 +14,8 @@ from detector.serving import entropy_stage, perturb_stage, verdict_stage
 from tests.detector import reference
 from tests.detector.triton import PbUtils, request
 
+PUBLIC = ["label", "trojaned", "entropy", "probabilities"]
+
 pytestmark = pytest.mark.filterwarnings("error")
 
 
@@ -42,7 +44,7 @@ def test_all_requests_of_a_batch_are_answered_each_with_its_own_rows(model_folde
     generator = np.random.default_rng(1)
     images = [generator.integers(0, 256, (count, 4, 5, 2), dtype=np.uint8) for count in (2, 1, 4)]
     stage = perturb_stage(arguments(model_folder), PbUtils())
-    answers = stage.execute([request(image=batch) for batch in images])
+    answers = stage.execute([request(["perturbations"], image=batch) for batch in images])
     overlays = np.load(model_folder / "1" / "overlays.npz")["overlays"]
     for batch, answer in zip(images, answers, strict=True):
         perturbations = answer.arrays()["perturbations"]
@@ -55,15 +57,19 @@ def test_all_requests_of_a_batch_are_answered_each_with_its_own_rows(model_folde
 
 def test_the_entropy_stage_keeps_the_batch_dimension() -> None:
     stage = entropy_stage(arguments(Path("unused")), PbUtils())
-    (answer,) = stage.execute([request(sentinel_probabilities=np.full((2, 3, 4), 0.25, np.float32))])
-    np.testing.assert_allclose(answer.arrays()["entropy"], [[2.0], [2.0]])
+    (answer,) = stage.execute(
+        [request(["sentinel_entropy"], sentinel_probabilities=np.full((2, 3, 4), 0.25, np.float32))]
+    )
+    np.testing.assert_allclose(answer.arrays()["sentinel_entropy"], [[2.0], [2.0]])
 
 
 @pytest.mark.parametrize(("mode", "label"), [("block", 3), ("shadow", 1)])
 def test_the_mode_decides_what_a_trojaned_input_gets(model_folder: Path, mode: str, label: int) -> None:
     stage = verdict_stage(arguments(model_folder, mode), PbUtils())
     probabilities = np.array([[0.1, 0.8, 0.1], [0.1, 0.8, 0.1]], np.float32)
-    (answer,) = stage.execute([request(entropy=np.array([[0.5], [0.6]], np.float32), probabilities=probabilities)])
+    (answer,) = stage.execute(
+        [request(PUBLIC, sentinel_entropy=np.array([[0.5], [0.6]], np.float32), repaired_probabilities=probabilities)]
+    )
     assert answer.arrays()["label"].tolist() == [[label], [1]]
     assert answer.arrays()["label"].dtype == np.int32
     assert answer.arrays()["trojaned"].tolist() == [[True], [False]]
@@ -72,7 +78,9 @@ def test_the_mode_decides_what_a_trojaned_input_gets(model_folder: Path, mode: s
 def test_an_input_whose_repaired_probabilities_are_broken_is_rejected(model_folder: Path) -> None:
     stage = verdict_stage(arguments(model_folder), PbUtils())
     probabilities = np.array([[np.nan, 0.5, 0.5]], np.float32)
-    (answer,) = stage.execute([request(entropy=np.array([[9.0]], np.float32), probabilities=probabilities)])
+    (answer,) = stage.execute(
+        [request(PUBLIC, sentinel_entropy=np.array([[9.0]], np.float32), repaired_probabilities=probabilities)]
+    )
     assert answer.arrays()["trojaned"].tolist() == [[True]]
 
 
@@ -124,6 +132,20 @@ def test_a_gpu_instance_without_cupy_computes_on_the_cpu_and_says_so(
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
     pb_utils = PbUtils()
     stage = verdict_stage(arguments(model_folder, kind="GPU"), pb_utils)
-    (answer,) = stage.execute([request(entropy=np.ones((1, 1), np.float32), probabilities=np.ones((1, 2), np.float32))])
+    (answer,) = stage.execute(
+        [
+            request(
+                PUBLIC, sentinel_entropy=np.ones((1, 1), np.float32), repaired_probabilities=np.ones((1, 2), np.float32)
+            )
+        ]
+    )
     assert answer.arrays()["trojaned"].tolist() == [[False]]
     assert "CuPy" in pb_utils.Logger.warnings[0]
+
+
+def test_only_requested_outputs_are_sent(model_folder: Path) -> None:
+    stage = verdict_stage(arguments(model_folder), PbUtils())
+    inputs = {"sentinel_entropy": np.ones((1, 1), np.float32), "repaired_probabilities": np.ones((1, 2), np.float32)}
+    with_all, label_only = stage.execute([request(PUBLIC, **inputs), request(["label"], **inputs)])
+    assert list(with_all.arrays()) == PUBLIC
+    assert list(label_only.arrays()) == ["label"]

@@ -32,6 +32,10 @@ class InferenceRequest:
     """A request with named inputs."""
 
     inputs: Sequence[Tensor]
+    outputs: Sequence[str]
+
+    def requested_output_names(self) -> list[str]:
+        return list(self.outputs)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,6 @@ class PbUtils:
         return next((tensor for tensor in request.inputs if tensor.name() == name), None)
 
 
-def request(**inputs: Any) -> InferenceRequest:
-    """Return a request with the arrays given by name."""
-    return InferenceRequest([Tensor(name, np.asarray(array)) for name, array in inputs.items()])
+def request(outputs: Sequence[str], **inputs: Any) -> InferenceRequest:
+    """Return a request for `outputs` with the arrays given by name."""
+    return InferenceRequest([Tensor(name, np.asarray(array)) for name, array in inputs.items()], outputs)

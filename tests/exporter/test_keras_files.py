@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from detector.errors import ModelRefusedError
 from exporter.architectures import deepid
+from exporter.hdf5 import read_hdf5
 from exporter.keras_config import LayerConfig, parameter_count, read_network
 from exporter.keras_files import load_model
 
@@ -274,7 +275,7 @@ def test_weights_of_another_network_are_refused(small: dict[str, Path], tmp_path
     with h5py.File(small[".h5"]) as source, h5py.File(tmp_path / "weights.h5", "w") as file:
         source.copy("model_weights/conv", file)
         file.attrs["layer_names"] = [b"conv"]
-    with pytest.raises(ModelRefusedError, match=r"'//?output' is missing"):
+    with pytest.raises(ModelRefusedError, match=r"the output's bias is None; expected"):
         load_model(tmp_path / "weights.h5", architecture="deepid")
 
 
@@ -617,14 +618,20 @@ def cyclic(group: h5py.Group) -> None:
 
 
 def bushy(group: h5py.Group) -> None:
-    for index in range(100):
+    for index in range(30_000):
         group.create_group(f"g{index}")
 
 
 WRONG_WEIGHTS: dict[str, tuple[Callable[[h5py.Group], object], str]] = {
-    "soft link": (link(h5py.SoftLink("/model_weights/output/output/bias")), "bias' is a link to elsewhere"),
-    "dangling link": (link(h5py.SoftLink("/nowhere")), "bias' is a link to elsewhere"),
-    "external link": (link(h5py.ExternalLink("/etc/passwd", "/x")), "bias' is a link to elsewhere"),
+    "soft link": (
+        link(h5py.SoftLink("/model_weights/output/output/bias")),
+        "the weight bias of layer 'conv' is a link to elsewhere",
+    ),
+    "dangling link": (link(h5py.SoftLink("/nowhere")), "the weight bias of layer 'conv' is a link to elsewhere"),
+    "external link": (
+        link(h5py.ExternalLink("/etc/passwd", "/x")),
+        "the weight bias of layer 'conv' is a link to elsewhere",
+    ),
     "external storage (CVE-2026-1669)": (
         replace("bias", shape=(4,), dtype="float32", external=[("/etc/passwd", 0, 16)]),
         "takes its values from elsewhere",
@@ -632,7 +639,7 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[h5py.Group], object], str]] = {
     "virtual dataset": (virtual, "takes its values from elsewhere"),
     "shape bomb (CVE-2026-0897)": (
         replace("bias", shape=(50_000_000, 50_000_000), dtype="float32", chunks=(1000, 1000)),
-        r"has shape \(50000000, 50000000\); expected \(4,\)",
+        r"declares shape \(50000000, 50000000\) and holds only 0",
     ),
     "nothing stored": (replace("bias", shape=(4,), dtype="float32", chunks=(4,), fillvalue=1), "holds only 0 bytes"),
     "compression": (replace("bias", data=np.ones(4, "float32"), compression="gzip"), "is compressed or filtered"),
@@ -646,12 +653,12 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[h5py.Group], object], str]] = {
     "missing": (lambda group: group.pop("bias"), r"weights of layer 'conv' are \['kernel'\]; expected \['bias', 'k"),
     "one too many": (lambda group: group.create_dataset("gamma", data=np.ones(4)), "weights of layer 'conv' are"),
     "one name twice": (lambda group: group.create_dataset("x/bias", data=np.ones(4)), "two weights 'bias'"),
-    "group in a circle": (cyclic, "nest or branch too far|two weights"),
+    "group in a circle": (cyclic, "nest or branch too far"),
     "many groups": (bushy, "nest or branch too far"),
-    "missing layer": (lambda group: group.parent.parent.pop("conv"), "'/model_weights/conv' is missing"),
+    "missing layer": (lambda group: group.parent.parent.pop("conv"), r"the weights of layer 'conv' are \[\]"),
     "dataset for a group": (
         lambda group: (weights := group.parent.parent).pop("conv") and weights.create_dataset("conv", data=1.0),
-        "nest or branch too far",
+        r"the weights of layer 'conv' are \[\]",
     ),
 }
 
@@ -690,7 +697,7 @@ def test_a_config_that_is_not_one_string_is_refused(value: object, small: dict[s
     path = Path(shutil.copy(small[".h5"], tmp_path / "m.h5"))
     with h5py.File(path, "r+") as file:
         file.attrs["model_config"] = value
-    with pytest.raises(ModelRefusedError, match=r"model_config .*expected one string of JSON"):
+    with pytest.raises(ModelRefusedError, match=r"model_config .*expected one string"):
         load_model(path)
 
 
@@ -699,7 +706,7 @@ def test_an_absurd_number_of_classes_is_refused(classes: tuple[int, ...], tmp_pa
     with h5py.File(tmp_path / "weights.h5", "w") as file:
         file.attrs["layer_names"] = [b"output"]
         file.create_dataset("output/output/bias:0", shape=classes, dtype="float32")
-    with pytest.raises(ModelRefusedError, match="output's bias has shape"):
+    with pytest.raises(ModelRefusedError, match="output's bias is"):
         load_model(tmp_path / "weights.h5", architecture="deepid")
 
 
@@ -710,7 +717,7 @@ def test_weights_in_a_keras_archive_are_checked_alike(small: dict[str, Path], tm
         del file["layers/conv2d/vars/1"]
         file["layers/conv2d/vars/1"] = h5py.ExternalLink("/etc/passwd", "/x")
     path = write_members(tmp_path / "m.keras", members | {"model.weights.h5": buffer.getvalue()})
-    with pytest.raises(ModelRefusedError, match="vars/1' is a link to elsewhere"):
+    with pytest.raises(ModelRefusedError, match="the weight bias of layer 'conv' is a link to elsewhere"):
         load_model(path)
 
 
@@ -734,7 +741,7 @@ def test_a_damaged_file_is_loaded_or_refused_but_nothing_else(
     generator = np.random.default_rng(5)
     content = np.frombuffer(small[suffix].read_bytes(), np.uint8)
     refused = 0
-    for _ in range(60):
+    for _ in range(25):
         damaged = content.copy()
         where = generator.integers(0, len(content), 20)
         damaged[where] = generator.integers(0, 256, len(where))
@@ -743,7 +750,19 @@ def test_a_damaged_file_is_loaded_or_refused_but_nothing_else(
             load_model(tmp_path / "m")
         except ModelRefusedError:
             refused += 1
-    assert refused > 30
+    assert refused > 10
+
+
+def test_a_file_that_hangs_hdf5_is_given_up(tmp_path: Path) -> None:
+    path = tmp_path / "hang.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs["model_config"] = "{}" * 50
+    content = bytearray(path.read_bytes())
+    size = content.find(b"GCOL") + 24  # of the one object in the heap of strings; it wraps round to no step at all
+    content[size : size + 8] = (2**64 - 16).to_bytes(8, "little")
+    path.write_bytes(content)
+    with path.open("rb") as stream, pytest.raises(ModelRefusedError, match="did not finish reading it in 3 s"):
+        read_hdf5(stream, timeout_seconds=3)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"hello", b"#!/bin/sh\n"])
