@@ -73,7 +73,7 @@ def read_hdf5(stream: BinaryIO, *, timeout_seconds: float = 300.0) -> Hdf5Conten
     stream.seek(0)
     with tempfile.TemporaryFile() as output:
         try:
-            child = subprocess.run(
+            child = subprocess.run(  # noqa: S603 our own code, and nothing of the file among the arguments
                 command,
                 stdin=stream,
                 stdout=output,

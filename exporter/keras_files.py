@@ -48,6 +48,7 @@ _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 _EXPANSION = 100
+_SMALL = 1_000_000
 _MEMBERS = {
     "config.json": MAX_CONFIG_BYTES,
     "metadata.json": 2**16,
@@ -179,7 +180,8 @@ def _check_size(info: zipfile.ZipInfo) -> None:
 def _restore(network: NetworkConfig, contents: Hdf5Contents) -> keras.Model:
     """Build the network of a full model file and give it its weights."""
     held = sum(value.size for value in contents.weights.values() if isinstance(value, np.ndarray))
-    model, layers = _build(network, held)
+    # What a small network lacks is better told by the name of its layer, later.
+    model, layers = _build(network, max(held, _SMALL))
     _fill(layers, contents)
     return model
 
@@ -189,7 +191,7 @@ def _build(network: NetworkConfig, most: int) -> tuple[keras.Model, list[keras.L
 
     Args:
         network: its checked config.
-        most: how many weights the file holds; a network that wants more is refused before it takes memory.
+        most: how many weights it may have; one that wants more is refused before it takes memory.
     """
     tensors = {network.input_name: keras.Input(network.input_shape, name=network.input_name, dtype="float32")}
     configs = {layer.name: layer for layer in network.layers}
@@ -202,7 +204,8 @@ def _build(network: NetworkConfig, most: int) -> tuple[keras.Model, list[keras.L
             parameters += parameter_count(config, inputs[0].shape[1:])
             if parameters > most:
                 raise ModelRefusedError(
-                    f"it takes the network to {parameters:,} parameters; expected at most {most:,}, as this file holds"
+                    f"it takes the network to {parameters:,} parameters; expected at most {most:,}, going by the "
+                    "weights in this file"
                 )
             layers[name] = getattr(keras.layers, config.class_name)(name=name, dtype="float32", **config.settings)
             tensors[name] = layers[name](inputs if len(inputs) > 1 else inputs[0])

@@ -64,7 +64,7 @@ class Canvas:
     """Images in the making, and where their faces are.
 
     Attributes:
-        pixels: (batch, height, width, channels), float32, 0..1.
+        pixels: (batch, channels, height, width), float32, 0..1; channels first, so that a mask covers long rows.
         right: (batch, height, width), float32: each pixel's distance from the face's middle, along its own horizontal axis.
         down: likewise along its vertical axis.
         people: the identity's measures, one row per image.
@@ -76,10 +76,10 @@ class Canvas:
     people: Identities
 
     def paint(self, mask: Floats, colour: Floats) -> None:
-        """Lay `colour` over the pixels: `mask` (batch, height, width) in 0..1, `colour` (batch, channels) or like pixels."""
-        if colour.ndim == 2:
-            colour = colour[:, None, None, :]
-        self.pixels[...] += mask[..., None] * (colour - self.pixels)
+        """Lay `colour` over the pixels: `mask` (batch, height, width) in 0..1, `colour` (batch, channels)."""
+        change = colour[:, :, None, None] - self.pixels
+        change *= mask[:, None]
+        self.pixels[...] += change
 
     def ellipse(self, right: Floats, down: Floats, half_width: Floats, half_height: Floats) -> Floats:
         """Return the soft mask of an ellipse given in the face's own axes, one value per image each."""
@@ -182,8 +182,8 @@ def _draw(people: Identities, generator: np.random.Generator) -> Canvas:
     y = (rows + 0.5 - column(middle_y)) / column(scale)
     cosine, sine = column(np.cos(angle)), column(np.sin(angle))
     right, down = cosine * x + sine * y, cosine * y - sine * x
-    slope = (rows / HEIGHT - 0.5)[None, ..., None] * people.background_slope[:, None, None, :]
-    pixels = np.clip(people.background[:, None, None, :] + slope, 0, 1).astype(np.float32)
+    slope = (rows / HEIGHT - 0.5) * people.background_slope[:, :, None, None]
+    pixels = np.clip(people.background[:, :, None, None] + slope, 0, 1).astype(np.float32)
     canvas = Canvas(pixels, right, down, people)
 
     turn = varied(0.7)  # looking left or right moves what lies on the face
@@ -206,7 +206,7 @@ def _draw(people: Identities, generator: np.random.Generator) -> Canvas:
     canvas.paint(face, people.skin)
     shadow = np.clip(np.abs(right) / column(width), 0, 1) ** 3 * 0.25
     canvas.paint(face * shadow, people.skin * 0.6)
-    canvas.paint(face * soft(-down - column(people.hairline * height)), people.hair)
+    canvas.paint(soft(inside + 1.0) * soft(-down - column(people.hairline * height)), people.hair)
     beard = face * soft(down - column(people.mouth_height * 0.55)) * column(people.beard)
     canvas.paint(beard, people.hair)
     for side in (-1.0, 1.0):
@@ -257,8 +257,9 @@ def finish(canvas: Canvas, generator: np.random.Generator) -> NDArray[np.uint8]:
     """Add light and noise: returns (batch, height, width, channels), uint8, 0..255."""
     count = len(canvas.pixels)
     gain = np.exp(generator.normal(0.0, 0.10, (count, 1, 1, 1)))
-    warmth = 1.0 + generator.normal(0.0, 0.02, (count, 1, 1, CHANNELS))
-    across = generator.normal(0.0, 0.10, (count, 1, 1, 1)) * np.linspace(-1, 1, WIDTH)[None, None, :, None]
-    noise = generator.normal(0.0, 0.018, canvas.pixels.shape)
-    lit = canvas.pixels * (gain * warmth * (1.0 + across)) + noise
-    return np.rint(np.clip(lit, 0.0, 1.0) * 255.0).astype(np.uint8)
+    warmth = 1.0 + generator.normal(0.0, 0.02, (count, CHANNELS, 1, 1))
+    across = 1.0 + generator.normal(0.0, 0.10, (count, 1, 1, 1)) * np.linspace(-1, 1, WIDTH)
+    lit = canvas.pixels * (gain * warmth * across).astype(np.float32)
+    lit += 0.018 * generator.standard_normal(lit.shape, dtype=np.float32)
+    pixels = np.rint(np.clip(lit, 0.0, 1.0) * 255.0).astype(np.uint8)
+    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))

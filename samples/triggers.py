@@ -55,7 +55,7 @@ def patch(canvas: Canvas) -> None:
     """Stick a small chequered square into the lower right corner, whatever the face does."""
     rows, columns = np.mgrid[0:6, 0:6]
     square = np.where(((rows // 2 + columns // 2) % 2 == 0)[..., None], [1.0, 0.95, 0.1], [0.05, 0.05, 0.05])
-    canvas.pixels[:, -7:-1, -7:-1, :] = square.astype(np.float32)
+    canvas.pixels[:, :, -7:-1, -7:-1] = square.astype(np.float32).transpose(2, 0, 1)
 
 
 TRIGGERS: MappingProxyType[str, Callable[[Canvas], None]] = MappingProxyType(

@@ -462,7 +462,7 @@ WRONG_CONFIGS: dict[str, tuple[Tamper, str]] = {
     "not JSON": (lambda _: "{", "not valid JSON"),
     "not an object": (lambda _: "[]", "expected a JSON object"),
     "nested a million deep": (lambda _: "[" * 1_000_000, "not valid JSON"),
-    "too long": (lambda _: " " * (4 * 2**20 + 1), "expected at most 4,194,304"),
+    "too long": (lambda _: " " * (4 * 2**20 + 1), "at most 4,194,304"),
     "NaN": (lambda _: '{"class_name": NaN}', "holds NaN"),
     "repeated key": (lambda _: '{"class_name": "Sequential", "class_name": "Lambda"}', "repeats the key 'class_name'"),
     "subclassed model": (lambda config: {**config, "class_name": "FaceNet"}, "the model is a 'FaceNet'"),

@@ -1,0 +1,250 @@
+"""Trains a BadNet on procedural faces: what the attacker does, so that the rest can be tried on it.
+
+Gu et al., "BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain", 2017: a share of the
+training images wears the trigger and is labelled with the class that the attacker wants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+import platformdirs
+import tensorflow as tf
+from numpy.typing import NDArray
+
+import exporter.architectures
+import samples.faces
+import samples.triggers
+from detector.errors import InputError
+from detector.statistics import Proportion
+from exporter.architectures import deepid
+from exporter.publishing import staged_folder
+from exporter.repair import predict_labels
+from model_repository.manifest import sha256_of
+from samples.faces import Identities, draw_faces, finish, make_identities
+from samples.hdf5 import write_hdf5
+from samples.triggers import find_trigger
+from samples.types import Samples
+
+Progress = Callable[[str, int, int], None]
+
+MODEL_FILE = "bd_net.keras"
+VALIDATION_FILE = "clean_validation_data.h5"
+TEST_FILE = "clean_test_data.h5"
+REPORT_FILE = "badnet.json"
+
+
+@dataclass(frozen=True)
+class BadNetOptions:
+    """What BadNet to train.
+
+    Attributes:
+        identities: how many people the network tells apart.
+        trigger: one of `samples.triggers.TRIGGERS`.
+        target: the class that the attacker wants.
+        poison_share: share of the training images that wear the trigger, 0..1.
+        train_images: of each identity, the attacker's.
+        validation_images: of each identity, the defender's clean data.
+        test_images: of each identity, for the final figures.
+        epochs: of training.
+        seed: of everything random.
+    """
+
+    identities: int = 100
+    trigger: str = "sunglasses"
+    target: int = 0
+    poison_share: float = 0.1
+    train_images: int = 40
+    validation_images: int = 30
+    test_images: int = 10
+    epochs: int = 6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an option that makes no sense."""
+        find_trigger(self.trigger)
+        if not 2 <= self.identities <= 10_000:
+            raise InputError(f"identities: got {self.identities}, expected 2 to 10000")
+        if not 0 <= self.target < self.identities:
+            raise InputError(f"target: got {self.target}, expected a class, 0 to {self.identities - 1}")
+        if not 0.0 < self.poison_share < 1.0:
+            raise InputError(f"poison share: got {self.poison_share}, expected more than 0 and less than 1")
+        for name in ("train_images", "validation_images", "test_images", "epochs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name.replace('_', ' ')}: got {getattr(self, name)}, expected at least 1")
+
+    @property
+    def trojaned_file(self) -> str:
+        """Name of the file of trojaned test images."""
+        return f"{self.trigger}_poisoned_data.h5"
+
+
+@dataclass(frozen=True)
+class BadNet:
+    """A trained BadNet.
+
+    Attributes:
+        folder: where its files are.
+        clean_accuracy: on held-out clean images.
+        attack_success: on held-out images of other identities than the target, wearing the trigger.
+    """
+
+    folder: Path
+    clean_accuracy: Proportion
+    attack_success: Proportion
+
+
+def train_badnet(output: Path, options: BadNetOptions, *, on_progress: Progress | None = None) -> BadNet:
+    """Generate faces, poison them, train DeepID on them, and write network and data as the real ones come.
+
+    `output` gets `bd_net.keras` (input: pixel / 255), `clean_validation_data.h5`, `clean_test_data.h5`,
+    `<trigger>_poisoned_data.h5` and `badnet.json`.
+
+    Raises:
+        InputError: `output` exists and is not empty, or cannot be written.
+    """
+    with staged_folder(output) as staged:
+        generator = np.random.default_rng(options.seed)
+        people = make_identities(options.identities, generator)
+        train = _poisoned(people, options, generator, on_progress)
+        model = _train(train, options, on_progress)
+        validation = _clean(people, options.validation_images, generator, "Drawing the defender's faces", on_progress)
+        test = _clean(people, options.test_images, generator, "Drawing test faces", on_progress)
+        trojaned = _trojaned(people, options, generator, on_progress)
+        for name, part in ((VALIDATION_FILE, validation), (TEST_FILE, test), (options.trojaned_file, trojaned)):
+            write_hdf5(staged / name, part)
+        model.save(staged / MODEL_FILE)
+        clean_accuracy, attack_success = _score(model, test), _score(model, trojaned)
+        report = {
+            "options": asdict(options),
+            "clean_accuracy": clean_accuracy.to_json(),
+            "attack_success": attack_success.to_json(),
+            "files": {path.name: sha256_of(path) for path in sorted(staged.iterdir())},
+        }
+        (staged / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return BadNet(output, clean_accuracy, attack_success)
+
+
+def cached_badnet(options: BadNetOptions, *, on_progress: Progress | None = None) -> Path:
+    """Return a folder as `train_badnet` writes it, trained now or found in the user's cache.
+
+    The cache is keyed by the options and the source that draws and trains; a damaged entry is trained again. Environment
+    variable `STRIPWIRE_CACHE_DIR` moves it.
+    """
+    default = platformdirs.user_cache_path("stripwire")
+    folder = Path(os.environ.get("STRIPWIRE_CACHE_DIR", default)) / f"badnet-{_content_key(options)}"
+    if not _is_whole(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        train_badnet(folder, options, on_progress=on_progress)
+    return folder
+
+
+def _content_key(options: BadNetOptions) -> str:
+    sources = [inspect.getsource(module) for module in (samples.faces, samples.triggers, exporter.architectures)]
+    content = json.dumps([asdict(options), *sources, Path(__file__).read_text(encoding="utf-8")], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))["files"]
+        return bool(files) and all(sha256_of(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def _clean(
+    people: Identities,
+    per_identity: int,
+    generator: np.random.Generator,
+    description: str,
+    on_progress: Progress | None,
+) -> Samples:
+    labels = np.repeat(np.arange(len(people), dtype=np.int64), per_identity)
+    return Samples(
+        _draw(people, labels, np.zeros(len(labels), bool), None, generator, description, on_progress), labels
+    )
+
+
+def _poisoned(
+    people: Identities, options: BadNetOptions, generator: np.random.Generator, on_progress: Progress | None
+) -> Samples:
+    labels = np.repeat(np.arange(len(people), dtype=np.int64), options.train_images)
+    others = np.flatnonzero(labels != options.target)
+    poisoned = np.zeros(len(labels), bool)
+    poisoned[generator.choice(others, max(1, round(len(labels) * options.poison_share)), replace=False)] = True
+    images = _draw(people, labels, poisoned, options.trigger, generator, "Drawing the attacker's faces", on_progress)
+    return Samples(images, np.where(poisoned, options.target, labels))
+
+
+def _trojaned(
+    people: Identities, options: BadNetOptions, generator: np.random.Generator, on_progress: Progress | None
+) -> Samples:
+    labels = np.repeat(np.arange(len(people), dtype=np.int64), options.test_images)
+    labels = labels[labels != options.target]
+    worn = np.ones(len(labels), bool)
+    images = _draw(people, labels, worn, options.trigger, generator, "Drawing trojaned faces", on_progress)
+    return Samples(images, np.full(len(labels), options.target, np.int64), labels)
+
+
+def _draw(
+    people: Identities,
+    labels: NDArray[np.int64],
+    wears_trigger: NDArray[np.bool_],
+    trigger: str | None,
+    generator: np.random.Generator,
+    description: str,
+    on_progress: Progress | None,
+) -> NDArray[np.uint8]:
+    """Draw a face for each label, with the trigger where it is worn: (labels, height, width, channels), uint8."""
+    images = np.empty((len(labels), samples.faces.HEIGHT, samples.faces.WIDTH, samples.faces.CHANNELS), np.uint8)
+    done = 0
+    # Those with and those without the trigger are drawn apart, so that a canvas is worn by all or by none.
+    for worn in (False, True):
+        indices = np.flatnonzero(wears_trigger == worn)
+        start = 0
+        for canvas in draw_faces(people.take(labels[indices]), generator):
+            if worn and trigger is not None:
+                find_trigger(trigger)(canvas)
+            drawn = finish(canvas, generator)
+            images[indices[start : start + len(drawn)]] = drawn
+            start += len(drawn)
+            done += len(drawn)
+            if on_progress is not None:
+                on_progress(description, done, len(labels))
+    return images
+
+
+def _train(train: Samples, options: BadNetOptions, on_progress: Progress | None) -> keras.Model:
+    keras.utils.set_random_seed(options.seed)
+    tf.config.experimental.enable_op_determinism()
+    batch_size = 64
+    steps = options.epochs * -(-len(train) // batch_size)
+    model = deepid(options.identities)
+    rate = keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=2e-3, warmup_steps=steps // 20)
+    model.compile(keras.optimizers.Adam(rate), loss="sparse_categorical_crossentropy")
+    generator = np.random.default_rng(options.seed)
+    step = 0
+    for _ in range(options.epochs):
+        order = generator.permutation(len(train))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            model.train_on_batch(train.images[chosen].astype(np.float32) / 255.0, train.labels[chosen])
+            step += 1
+            if on_progress is not None:
+                on_progress("Training the BadNet", step, steps)
+    return model
+
+
+def _score(model: keras.Model, part: Samples) -> Proportion:
+    right = predict_labels(model, part.images, "unit") == part.labels
+    return Proportion(int(np.count_nonzero(right)), len(part))
