@@ -37,7 +37,8 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-_CAPTION = "share of images (95 % interval, n = images)"
+_CAPTION = "share of images, its 95 % interval, and how many images"
+_DEMO_TITLE = f"A BadNet, fine-pruned as published, with occlusion augmentation, and guarded\n{_CAPTION}"
 
 ReportProgress = Callable[[str, int, int], None]
 
@@ -120,10 +121,10 @@ def demo(
         result = run_demo(output, identities=identities, trigger=trigger.value, seed=seed, on_progress=report)
     networks = {
         "original": result.occluded.original,
-        "fine-pruned, as published": result.published.repaired,
-        "fine-pruned, occlusion": result.occluded.repaired,
+        "as published": result.published.repaired,
+        "with occlusion": result.occluded.repaired,
     }
-    console.print(rates_table(f"A BadNet, repaired and guarded\n{_CAPTION}", networks, result.occluded.guarded))
+    console.print(rates_table(_DEMO_TITLE, networks, result.occluded.guarded))
     console.print(f"Pictures and numbers are in {result.output}: faces.png, entropies.png, results.json.")
     console.print("Keep the server running, and ask it about faces with and without the trigger:")
     command(f"stripwire serve {result.repository}")
@@ -146,9 +147,9 @@ def train_badnet(
     options = BadNetOptions(identities=identities, trigger=trigger.value, target=target, seed=seed)
     with progress() as report:
         trained = train(output, options, on_progress=report)
-    table = Table("", "share", "images", title=f"BadNet of {identities} identities, trigger {trigger.value}")
-    table.add_row("clean accuracy", f"{trained.clean_accuracy:.2%}", str(trained.clean_images))
-    table.add_row("attack success", f"{trained.attack_success:.2%}", str(trained.trojaned_images))
+    table = Table(title=f"BadNet of {identities} identities, trigger {trigger.value}\n{_CAPTION}", show_header=False)
+    table.add_row("clean accuracy", str(trained.clean_accuracy))
+    table.add_row("attack success", str(trained.attack_success))
     console.print(table)
     console.print(f"Written to {output}. Next:")
     command(f"stripwire export {output}/bd_net.keras --clean {output}/clean_validation_data.h5 --output repository")
@@ -171,6 +172,9 @@ def export(
     repair: Annotated[RepairMethod, typer.Option(help="Fine-pruning by magnitude, or none.")] = RepairMethod.MAGNITUDE,
     augment: Annotated[Augment, typer.Option(help="What happens to images while fine-tuning.")] = Augment.OCCLUSION,
     max_rounds: Annotated[int, typer.Option(help="At most so many rounds of pruning and one epoch each.")] = 10,
+    final_epochs: Annotated[
+        int, typer.Option(help="Epochs of fine-tuning after the last round; 0 as in the report.")
+    ] = 20,
     allowed_drop: Annotated[float, typer.Option(help="Clean validation accuracy that may be lost, 0..1.")] = 0.03,
     learning_rate: Annotated[float, typer.Option(help="Of Adam, while fine-tuning.")] = 1e-3,
     overlays: Annotated[int, typer.Option(help="Perturbations that STRIP makes of an input.")] = 10,
@@ -194,6 +198,7 @@ def export(
             method=repair.value,
             augment=augment.value,
             max_rounds=max_rounds,
+            final_epochs=final_epochs,
             allowed_drop=allowed_drop,
             learning_rate=learning_rate,
             seed=seed,
@@ -340,26 +345,27 @@ def evaluate(
 def repair_table(result: Export) -> Table:
     """Return the table of an export's rounds."""
     repair = result.repair
-    table = Table(title=f"Repair: kept round {repair.kept} ({repair.stopped})")
-    table.add_column("round", justify="right")
+    table = Table(title=f"Repair ({repair.stopped}); in bold what was kept")
+    table.add_column("")
     table.add_column("pruned", justify="right")
     table.add_column(f"clean accuracy (n={result.split_sizes['validation']})", justify="right")
     with_attack = repair.rounds[0].attack_success is not None
     if with_attack:
         table.add_column("attack success", justify="right")
     for row in repair.rounds:
-        cells = [str(row.number), f"{row.pruned_share:.1%}", f"{row.clean_accuracy:.2%}"]
+        cells = [row.name, f"{row.pruned_share:.1%}", f"{row.clean_accuracy:.2%}"]
         if row.attack_success is not None:
             cells.append(f"{row.attack_success:.2%}")
-        table.add_row(*cells, style="bold" if row.number == repair.kept else None)
+        table.add_row(*cells, style="bold" if row.name == repair.kept else None)
     return table
 
 
 def rates_table(title: str, networks: dict[str, NetworkResult], guarded: GuardedResult) -> Table:
     """Return a table of networks by themselves, and of the guarded network on what it accepts."""
     table = Table(title=title)
-    for heading in ("", "clean accuracy", "attack success", "recovered accuracy", "FAR", "FRR"):
-        table.add_column(heading)
+    table.add_column("", no_wrap=True)
+    for heading in ("clean accuracy", "attack success", "recovered accuracy", "FAR", "FRR"):
+        table.add_column(heading, justify="right")
     for name, network in networks.items():
         rates = (network.clean_accuracy, network.attack_success, network.recovered_accuracy)
         table.add_row(name, *(figure(rate) for rate in rates), "", "")
@@ -369,7 +375,8 @@ def rates_table(title: str, networks: dict[str, NetworkResult], guarded: Guarded
         guarded.recovered_accuracy_of_accepted,
     )
     detection = (guarded.false_acceptance, guarded.false_rejection)
-    table.add_row("guarded, what is accepted", *(figure(rate) for rate in (*rates_of_accepted, *detection)))
+    table.add_row("guarded*", *(figure(rate) for rate in (*rates_of_accepted, *detection)))
+    table.caption = "* the last network on the inputs that STRIP accepts"
     return table
 
 
@@ -448,7 +455,6 @@ _EXTRAS = {
     "tf2onnx": "exporter",
     "onnx": "exporter",
     "onnxruntime": "exporter",
-    "pydantic": "exporter",
     "tritonclient": "client",
     "grpc": "client",
     "tenacity": "client",

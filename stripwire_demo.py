@@ -70,22 +70,25 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
     badnet = cached_badnet(BadNetOptions(identities=identities, trigger=trigger, seed=seed), on_progress=on_progress)
     clean_test, trojaned_test = badnet / "clean_test_data.h5", badnet / f"{trigger}_poisoned_data.h5"
     clean, trojaned = read_hdf5(clean_test), read_hdf5(trojaned_test)
+    repairs = {
+        "as_published": RepairOptions(augment="none", final_epochs=0, seed=seed),
+        "repository": RepairOptions(seed=seed),
+    }
     evaluations = {}
     exports = {}
     with staged_folder(output, replace=True) as staged:
-        for augment in ("none", "occlusion"):
-            options = ExportOptions(repair=RepairOptions(augment=augment, seed=seed), seed=seed)
-            repository = staged / ("as_published" if augment == "none" else "repository")
-            exports[augment] = export(
+        for name, repair in repairs.items():
+            repository = staged / name
+            exports[name] = export(
                 badnet / "bd_net.keras",
                 badnet / "clean_validation_data.h5",
                 repository,
-                options,
+                ExportOptions(repair=repair, seed=seed),
                 on_progress=on_progress,
             )
-            evaluations[augment] = _serve_and_evaluate(repository, clean, trojaned, on_progress)
-        published, occluded = evaluations["none"], evaluations["occlusion"]
-        threshold_bits = exports["occlusion"].calibration.threshold_bits
+            evaluations[name] = _serve_and_evaluate(repository, clean, trojaned, on_progress)
+        published, occluded = evaluations["as_published"], evaluations["repository"]
+        threshold_bits = exports["repository"].calibration.threshold_bits
         with np.load(staged / "repository" / "strip_perturb" / "1" / "overlays.npz") as stored:
             overlays, alpha = stored["overlays"], float(stored["alpha"])
         draw_faces(clean, trojaned, overlays, alpha).savefig(staged / "faces.png", dpi=150)
@@ -97,7 +100,7 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
             "seed": seed,
             "as_published": published.to_json(),
             "occlusion": occluded.to_json(),
-            "repair": {augment: result.repair.to_json() for augment, result in exports.items()},
+            "repair": {name: result.repair.to_json() for name, result in exports.items()},
         }
         (staged / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return Demo(published, occluded, output, output / "repository", clean_test, trojaned_test)
@@ -114,9 +117,12 @@ def draw_faces(clean: Samples, trojaned: Samples, overlays: NDArray[np.uint8], a
     """
     shown = min(_FACES_SHOWN, len(clean), len(trojaned), len(overlays))
     chosen = np.linspace(0, len(trojaned) - 1, shown).astype(np.int64)
+    clean_chosen = np.linspace(0, len(clean) - 1, shown).astype(np.int64)
+    if trojaned.true_labels is not None:  # the same people
+        clean_chosen = np.searchsorted(clean.labels, trojaned.true_labels[chosen])
     blends = perturb(trojaned.images[chosen[:1]], weighted_overlays(overlays, alpha), alpha)[0]
     rows = (
-        ("clean", clean.images[np.linspace(0, len(clean) - 1, shown).astype(np.int64)]),
+        ("clean", clean.images[clean_chosen]),
         ("with the trigger", trojaned.images[chosen]),
         ("STRIP's overlays", overlays[:shown]),
         (f"first trojaned face,\nblended {alpha:g} : {1 - alpha:g}", blends[:shown].round().astype(np.uint8)),

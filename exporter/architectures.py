@@ -16,7 +16,7 @@ def deepid(classes: int, input_shape: tuple[int, int, int] = (55, 47, 3)) -> ker
         input_shape: (height, width, channels).
 
     Returns:
-        A network from scaled pixels (batch, height, width, channels), float32, to softmax probabilities (batch, classes).
+        A network from scaled pixels (batch, height, width, channels), float32, to probabilities (batch, classes).
     """
     pixels = keras.Input(input_shape, name="input")
     pool_1 = layers.MaxPooling2D(2, name="pool_1")(layers.Conv2D(20, 4, activation="relu", name="conv_1")(pixels))

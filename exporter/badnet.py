@@ -11,36 +11,36 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import keras
 import numpy as np
 import platformdirs
-import tensorflow as tf
 from numpy.typing import NDArray
 
 import exporter.architectures
+import exporter.training
 import samples.faces
 import samples.triggers
 from detector.errors import InputError
 from detector.statistics import Proportion
 from exporter.architectures import deepid
 from exporter.publishing import staged_folder
-from exporter.repair import predict_labels
+from exporter.training import Progress, Trainer, predict_labels, seed_everything
 from model_repository.manifest import sha256_of
 from samples.faces import Identities, draw_faces, finish, make_identities
 from samples.hdf5 import write_hdf5
 from samples.triggers import find_trigger
 from samples.types import Samples
 
-Progress = Callable[[str, int, int], None]
-
 MODEL_FILE = "bd_net.keras"
 VALIDATION_FILE = "clean_validation_data.h5"
 TEST_FILE = "clean_test_data.h5"
 REPORT_FILE = "badnet.json"
+
+_GENERATORS = (samples.faces, samples.triggers, exporter.architectures, exporter.training)
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def train_badnet(output: Path, options: BadNetOptions, *, on_progress: Progress 
 def cached_badnet(options: BadNetOptions, *, on_progress: Progress | None = None) -> Path:
     """Return a folder as `train_badnet` writes it, trained now or found in the user's cache.
 
-    The cache is keyed by the options and the source that draws and trains; a damaged entry is trained again. Environment
-    variable `STRIPWIRE_CACHE_DIR` moves it.
+    The cache is keyed by the options and the source that draws and trains; a damaged entry is trained again.
+    The environment variable `STRIPWIRE_CACHE_DIR` moves it.
     """
     default = platformdirs.user_cache_path("stripwire")
     folder = Path(os.environ.get("STRIPWIRE_CACHE_DIR", default)) / f"badnet-{_content_key(options)}"
@@ -149,8 +149,8 @@ def cached_badnet(options: BadNetOptions, *, on_progress: Progress | None = None
 
 
 def _content_key(options: BadNetOptions) -> str:
-    sources = [inspect.getsource(module) for module in (samples.faces, samples.triggers, exporter.architectures)]
-    content = json.dumps([asdict(options), *sources, Path(__file__).read_text(encoding="utf-8")], sort_keys=True)
+    sources = [inspect.getsource(module) for module in (*_GENERATORS, sys.modules[__name__])]
+    content = json.dumps([asdict(options), *sources], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -225,23 +225,12 @@ def _draw(
 
 
 def _train(train: Samples, options: BadNetOptions, on_progress: Progress | None) -> keras.Model:
-    keras.utils.set_random_seed(options.seed)
-    tf.config.experimental.enable_op_determinism()
-    batch_size = 64
-    steps = options.epochs * -(-len(train) // batch_size)
+    seed_everything(options.seed)
     model = deepid(options.identities)
+    trainer = Trainer(model, train, scale="unit", batch_size=64, seed=options.seed, on_progress=on_progress)
+    steps = trainer.steps(options.epochs)
     rate = keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=2e-3, warmup_steps=steps // 20)
-    model.compile(keras.optimizers.Adam(rate), loss="sparse_categorical_crossentropy")
-    generator = np.random.default_rng(options.seed)
-    step = 0
-    for _ in range(options.epochs):
-        order = generator.permutation(len(train))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            model.train_on_batch(train.images[chosen].astype(np.float32) / 255.0, train.labels[chosen])
-            step += 1
-            if on_progress is not None:
-                on_progress("Training the BadNet", step, steps)
+    trainer.run(options.epochs, rate, "Training the BadNet")
     return model
 
 

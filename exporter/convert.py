@@ -48,7 +48,10 @@ def to_onnx(model: keras.Model) -> onnx.ModelProto:
 
 
 def repaired_graph(network: onnx.ModelProto, scale: str) -> onnx.ModelProto:
-    """Return the graph of `repaired`: `image` UINT8 (batch, H, W, C) to `repaired_probabilities` FP32 (batch, classes)."""
+    """Return the graph of `repaired`, with the pixels' scale inside.
+
+    `image` UINT8 (batch, H, W, C) to `repaired_probabilities` FP32 (batch, classes).
+    """
     height, width, channels, classes = _dimensions(network)
     nodes = [
         helper.make_node("Cast", ["image"], ["stripwire/float"], to=TensorProto.FLOAT),

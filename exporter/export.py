@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -22,13 +21,12 @@ from detector.statistics import Proportion
 from detector.strip import check_alpha, entropy_bits, perturb, weighted_overlays
 from exporter.convert import SCALES, check_parity, check_scale, open_session, repaired_graph, sentinel_graph, to_onnx
 from exporter.keras_files import load_model
-from exporter.repair import Repair, RepairOptions, fine_prune, predict_labels
+from exporter.repair import Repair, RepairOptions, fine_prune
 from exporter.repository import ServedModel, check_output, write_repository
+from exporter.training import Progress, predict_labels
 from model_repository.manifest import sha256_of
 from samples.hdf5 import check_labels, read_hdf5
 from samples.types import Samples
-
-Progress = Callable[[str, int, int], None]
 
 _SCALE_IMAGES = 1000
 _PARITY_IMAGES = 256

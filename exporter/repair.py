@@ -6,7 +6,6 @@ report's criterion for what is pruned.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,16 +15,13 @@ from numpy.typing import NDArray
 
 from detector.errors import DataError, InputError
 from exporter.augmentation import occlude
-from exporter.convert import SCALES
+from exporter.training import Progress, Trainer, predict_labels, seed_everything
 from samples.types import Samples
 
 AUGMENTATIONS = ("occlusion", "none")
 REPAIRS = ("magnitude", "none")
 ATTACK_SUCCESS_GOAL = 0.01
 FRACTION_PER_ROUND = 0.05
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is going on, steps done, steps in all."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +32,7 @@ class RepairOptions:
         method: `magnitude` (fine-pruning by the source report's criterion) or `none`.
         augment: `occlusion` or `none`, applied to the images of every fine-tuning epoch.
         max_rounds: at most this many rounds of pruning and one epoch of fine-tuning.
+        final_epochs: of fine-tuning after the last round,; 0 as in the source report.
         allowed_drop: how much accuracy on the clean validation split may fall, 0..1.
         learning_rate: of Adam.
         batch_size: of fine-tuning.
@@ -45,6 +42,7 @@ class RepairOptions:
     method: str = "magnitude"
     augment: str = "occlusion"
     max_rounds: int = 10
+    final_epochs: int = 20
     allowed_drop: float = 0.03
     learning_rate: float = 1e-3
     batch_size: int = 64
@@ -58,6 +56,8 @@ class RepairOptions:
             raise InputError(f"augment: got {self.augment!r}, expected one of {', '.join(AUGMENTATIONS)}")
         if not 1 <= self.max_rounds <= 20:
             raise InputError(f"max rounds: got {self.max_rounds}, expected 1 to 20 (5 % of the weights' range a round)")
+        if self.final_epochs < 0:
+            raise InputError(f"final epochs: got {self.final_epochs}, expected 0 or more")
         if not 0.0 <= self.allowed_drop < 1.0:
             raise InputError(
                 f"allowed drop: got {self.allowed_drop}, expected a share of accuracy, 0 up to 1 (0.03 is 3 points)"
@@ -70,17 +70,17 @@ class RepairOptions:
 
 @dataclass(frozen=True)
 class Round:
-    """The network after a round; round 0 is the network as it came.
+    """The network after a step of the repair.
 
     Attributes:
-        number: of the round.
+        name: of the step: `as received`, `round 1` and so on, `final epochs`.
         fraction: of the weights' range under which weights were pruned.
         clean_accuracy: on the clean validation split, 0..1.
         attack_success: share of the attack samples that get the attacker's class, 0..1; None without attack samples.
         pruned_share: of the convolution weights, 0..1.
     """
 
-    number: int
+    name: str
     fraction: float
     clean_accuracy: float
     attack_success: float | None
@@ -93,30 +93,19 @@ class Repair:
 
     Attributes:
         model: the repaired network.
-        rounds: every round that was run, the first one being the network as it came.
-        kept: number of the round whose network `model` is.
+        rounds: every step that was taken, from the network as it came.
+        kept: name of the step whose network `model` is.
         stopped: why no further round was run.
     """
 
     model: keras.Model
     rounds: tuple[Round, ...]
-    kept: int
+    kept: str
     stopped: str
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the network, for the manifest."""
-        return {"kept_round": self.kept, "stopped": self.stopped, "rounds": [asdict(row) for row in self.rounds]}
-
-
-def predict_labels(model: keras.Model, images: NDArray[np.uint8], scale: str) -> NDArray[np.int64]:
-    """Return the network's label for each image: (batch, height, width, channels) uint8 to (batch,) int64."""
-    parts = [
-        model.predict_on_batch(images[start : start + 256].astype(np.float32) * np.float32(SCALES[scale])).argmax(
-            axis=-1
-        )
-        for start in range(0, len(images), 256)
-    ]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        return {"kept": self.kept, "stopped": self.stopped, "rounds": [asdict(row) for row in self.rounds]}
 
 
 def accuracy(model: keras.Model, samples: Samples, scale: str) -> float:
@@ -172,32 +161,39 @@ def fine_prune(
     for name, samples in (("repair", clean), ("validation", validation)):
         if len(samples) == 0 and options.method != "none":
             raise DataError(f"{name} split: got no images, expected some; give more clean images")
-    keras.utils.set_random_seed(options.seed)
-    generator = np.random.default_rng(options.seed)
+    seed_everything(options.seed)
     repaired = keras.models.clone_model(model)
     repaired.set_weights(model.get_weights())
     convolutions = [layer for layer in repaired.layers if isinstance(layer, keras.layers.Conv2D)]
     if options.method == "magnitude" and not convolutions:
         raise InputError("repair: got a network without a convolution, expected one to prune; use --repair none")
 
-    def measure(number: int) -> Round:
+    def measure(name: str, fraction: float) -> Round:
         weights = sum(layer.kernel.numpy().size for layer in convolutions)
         zeros = sum(int(np.count_nonzero(layer.kernel.numpy() == 0)) for layer in convolutions)
         return Round(
-            number=number,
-            fraction=number * FRACTION_PER_ROUND,
+            name=name,
+            fraction=fraction,
             clean_accuracy=accuracy(repaired, validation, scale),
             attack_success=None if attack is None else accuracy(repaired, attack, scale),
             pruned_share=zeros / weights if weights else 0.0,
         )
 
-    rounds = [measure(0)]
-    kept, kept_weights = 0, repaired.get_weights()
+    rounds = [measure("as received", 0.0)]
+    kept, kept_weights = rounds[0], repaired.get_weights()
     stopped = f"all {options.max_rounds} rounds were run"
     if options.method == "none":
-        return Repair(repaired, tuple(rounds), kept, "no repair was asked for")
+        return Repair(repaired, tuple(rounds), kept.name, "no repair was asked for")
     least_accuracy = rounds[0].clean_accuracy - options.allowed_drop
-    repaired.compile(optimizer=keras.optimizers.Adam(options.learning_rate), loss="sparse_categorical_crossentropy")
+    trainer = Trainer(
+        repaired,
+        clean,
+        scale=scale,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        augment=occlude if options.augment == "occlusion" else None,
+        on_progress=on_progress,
+    )
     masks = [np.ones(layer.kernel.shape, dtype=bool) for layer in convolutions]
     for number in range(1, options.max_rounds + 1):
         for index, layer in enumerate(convolutions):
@@ -206,19 +202,29 @@ def fine_prune(
             layer.kernel.assign(kernel * masks[index])
             # The optimizer applies a variable's constraint after each of its steps.
             layer.kernel.constraint = _KeepZero(masks[index])
-        describe = f"Fine-pruning, round {number} of at most {options.max_rounds}"
-        _fine_tune(repaired, clean, scale, options, generator, describe, on_progress)
-        rounds.append(measure(number))
-        latest = rounds[-1]
+        trainer.run(1, options.learning_rate, f"Fine-pruning, round {number} of at most {options.max_rounds}")
+        latest = measure(f"round {number}", number * FRACTION_PER_ROUND)
+        rounds.append(latest)
         if latest.clean_accuracy < least_accuracy:
             stopped = f"round {number} lost more than {options.allowed_drop:.1%} of clean accuracy"
             break
-        kept, kept_weights = number, repaired.get_weights()
+        kept, kept_weights = latest, repaired.get_weights()
         if latest.attack_success is not None and latest.attack_success < ATTACK_SUCCESS_GOAL:
             stopped = f"attack success fell under {ATTACK_SUCCESS_GOAL:.0%}"
             break
     repaired.set_weights(kept_weights)
-    return Repair(repaired, tuple(rounds), kept, stopped)
+    goal_reached = kept.attack_success is not None and kept.attack_success < ATTACK_SUCCESS_GOAL
+    if options.final_epochs and not goal_reached:
+        for layer in convolutions:  # of the round that was kept
+            layer.kernel.constraint = _KeepZero(layer.kernel.numpy() != 0)
+        trainer.run(options.final_epochs, options.learning_rate, "Final fine-tuning")
+        latest = measure("final epochs", kept.fraction)
+        rounds.append(latest)
+        if latest.clean_accuracy < least_accuracy:
+            repaired.set_weights(kept_weights)
+        else:
+            kept = latest
+    return Repair(repaired, tuple(rounds), kept.name, stopped)
 
 
 class _KeepZero(keras.constraints.Constraint):  # type: ignore[misc]
@@ -229,24 +235,3 @@ class _KeepZero(keras.constraints.Constraint):  # type: ignore[misc]
 
     def __call__(self, kernel: Any) -> Any:
         return kernel * self._mask
-
-
-def _fine_tune(
-    model: keras.Model,
-    clean: Samples,
-    scale: str,
-    options: RepairOptions,
-    generator: np.random.Generator,
-    describe: str,
-    on_progress: Progress | None,
-) -> None:
-    """Train for one epoch on the clean samples, augmented anew."""
-    order = generator.permutation(len(clean))
-    for start in range(0, len(order), options.batch_size):
-        chosen = order[start : start + options.batch_size]
-        images = clean.images[chosen]
-        if options.augment == "occlusion":
-            images = occlude(images, generator)
-        model.train_on_batch(images.astype(np.float32) * np.float32(SCALES[scale]), clean.labels[chosen])
-        if on_progress is not None:
-            on_progress(describe, min(start + options.batch_size, len(order)), len(order))

@@ -65,7 +65,7 @@ class Canvas:
 
     Attributes:
         pixels: (batch, channels, height, width), float32, 0..1; channels first, so that a mask covers long rows.
-        right: (batch, height, width), float32: each pixel's distance from the face's middle, along its own horizontal axis.
+        right: (batch, height, width), float32: pixels' distance from the face's middle, along its horizontal axis.
         down: likewise along its vertical axis.
         people: the identity's measures, one row per image.
     """

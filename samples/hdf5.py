@@ -68,7 +68,7 @@ def check_labels(samples: Samples, classes: int, path: Path) -> None:
     for name, labels in (("label", samples.labels), ("true_label", samples.true_labels)):
         if labels is not None and labels.max() >= classes:
             raise DataError(
-                f"{path}: `{name}` reaches {labels.max()}, expected 0 to {classes - 1}: the network has {classes} classes"
+                f"{path}: `{name}` reaches {labels.max()}, expected 0 to {classes - 1}, the network's {classes} classes"
             )
 
 

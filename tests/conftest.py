@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from deploy.embedded.server import EmbeddedTriton
 
 
 def skip_or_fail(reason: str) -> None:
@@ -22,7 +27,8 @@ def xp(request: pytest.FixtureRequest) -> ModuleType:
     """Return each array namespace that the maths must run on."""
     if request.param == "numpy":
         return np
-    return pytest.importorskip(request.param)
+    module: ModuleType = pytest.importorskip(request.param)
+    return module
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +39,35 @@ def shared_data() -> Path:
     if not (folder / "csaw" / "clean.h5").is_file():
         skip_or_fail(f"no real data at {folder}; set STRIPWIRE_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def badnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a small BadNet of procedural faces."""
+    from exporter.badnet import BadNetOptions, train_badnet
+
+    folder = tmp_path_factory.mktemp("badnet") / "badnet"
+    options = BadNetOptions(identities=12, train_images=40, validation_images=40, test_images=5, epochs=10)
+    train_badnet(folder, options)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repository(badnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the model repository exported from the small BadNet."""
+    from exporter.export import ExportOptions, export
+    from exporter.repair import RepairOptions
+
+    folder = tmp_path_factory.mktemp("exported") / "repository"
+    options = ExportOptions(repair=RepairOptions(max_rounds=1, final_epochs=2))
+    export(badnet / "bd_net.keras", badnet / "clean_validation_data.h5", folder, options)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Iterator[EmbeddedTriton]:
+    """Return a real server on that repository."""
+    from deploy.embedded.server import EmbeddedTriton
+
+    with EmbeddedTriton(repository) as running:
+        yield running

@@ -62,7 +62,7 @@ def classify(address: str) -> tuple[list[int], list[bool]]:
 
 
 def leftovers(prefix: str) -> list[str]:
-    return [name for name in os.listdir("/dev/shm") if name.startswith(prefix)]  # noqa: PTH208
+    return [name for name in os.listdir("/dev/shm") if name.startswith(prefix)]  # noqa: PTH208, S108
 
 
 def wait_until_gone(processes: list[psutil.Process]) -> None:
@@ -76,7 +76,7 @@ def test_it_serves_and_leaves_no_process_memory_or_file_behind(repository: Path)
         family = psutil.Process(server.process_id).children(recursive=True)
         assert len(family) >= 5  # a stub for each Python-backed model
         assert classify(server.grpc_address) == ([CLASSES], [True])
-        with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as answer:  # noqa: S310
+        with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as answer:
             assert b"nv_inference_count" in answer.read()
         listening = {
             c.laddr.ip for c in psutil.Process(server.process_id).net_connections("tcp") if c.status == "LISTEN"

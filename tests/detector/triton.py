@@ -63,10 +63,10 @@ class PbUtils:
     """What of the module the stages use."""
 
     Logger: Logger = field(default_factory=Logger)
-    Tensor: type[Tensor] = Tensor
-    InferenceResponse: type[InferenceResponse] = InferenceResponse
+    Tensor: type = Tensor
+    InferenceResponse: type = InferenceResponse
 
-    def get_input_tensor_by_name(self, request: InferenceRequest, name: str) -> Tensor | None:
+    def get_input_tensor_by_name(self, request: InferenceRequest, name: str) -> object:
         return next((tensor for tensor in request.inputs if tensor.name() == name), None)
 
 

@@ -1,0 +1,37 @@
+# Every target makes the virtual environment and installs what it needs.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint bench clean
+
+help:  ## Show what each target does
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed-all  ## Train a BadNet, repair, export, serve and attack it; ends with one table and two pictures
+	$(BIN)/stripwire demo
+
+test: $(VENV)/.installed-dev  ## Run the tests, on the real tritonserver
+	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.installed-dev  ## Run the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.installed-dev  ## Check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy .
+
+bench: $(VENV)/.installed-all  ## Measure what the guard costs, as a ratio to the bare network
+	$(BIN)/python -m benchmarks.served
+
+clean:  ## Remove the virtual environment, caches and the demo's output
+	rm -rf $(VENV) build dist *.egg-info stripwire-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python found, expected python3.11; or say make PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	@touch $@

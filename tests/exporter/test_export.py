@@ -1,0 +1,133 @@
+"""The export as a whole: what it writes, what it says of it, and what it refuses before writing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from detector.errors import CalibrationError, DataError, InputError, ModelRefusedError
+from exporter.export import ExportOptions, check_accuracy, export, split_clean
+from exporter.keras_files import load_model
+from exporter.repair import RepairOptions
+from model_repository.manifest import sha256_of, verify_repository
+from samples.hdf5 import read_hdf5, write_hdf5
+from samples.types import Samples
+
+NO_REPAIR = RepairOptions(method="none")
+
+
+def test_the_manifest_tells_where_the_version_came_from(repository: Path, badnet: Path) -> None:
+    version = verify_repository(repository)["versions"]["1"]
+    assert version["inputs"]["model"] == {"file": "bd_net.keras", "sha256": sha256_of(badnet / "bd_net.keras")}
+    assert version["split_sizes"] == {"overlays": 10, "calibration": 94, "validation": 70, "repair": 306}
+    assert version["contract"] == {"image_shape": [55, 47, 3], "classes": 12}
+    assert version["calibration"]["target_frr"] == 0.05
+    assert version["calibration"]["images"] == 94
+    assert version["options"]["alpha"] == 0.5
+    assert version["accuracy"]["original_validation"]["count"] == 70
+    assert max(version["parity_max_difference"].values()) <= 1e-4
+    assert {"stripwire", "keras", "tf2onnx", "onnxruntime", "python"} <= version["versions"].keys()
+
+
+def test_the_overlays_are_clean_images_that_nothing_else_uses(repository: Path, badnet: Path) -> None:
+    with np.load(repository / "strip_perturb" / "1" / "overlays.npz") as stored:
+        overlays = stored["overlays"]
+    clean = read_hdf5(badnet / "clean_validation_data.h5")
+    split = split_clean(clean, ExportOptions())
+    parts = [{image.tobytes() for image in part.images} for part in vars(split).values()]
+    assert {image.tobytes() for image in overlays} == parts[0]
+    assert sum(len(part) for part in parts) == len(set().union(*parts)) == 480
+
+
+def test_a_copy_of_an_image_is_in_no_second_part() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3), dtype=np.uint8)
+    twice = Samples(np.concatenate([images, images]), np.zeros(120, np.int64))
+    split = split_clean(twice, ExportOptions(overlays=5))
+    assert sum(split.sizes().values()) == 60
+
+
+def test_a_split_depends_on_the_seed_alone() -> None:
+    clean = Samples(np.random.default_rng(0).integers(0, 256, (90, 4, 4, 3), dtype=np.uint8), np.arange(90))
+    first, second, other = (split_clean(clean, ExportOptions(seed=seed)).repair.labels for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(first, other)
+
+
+def test_a_second_export_adds_a_version(badnet: Path, tmp_path: Path) -> None:
+    inputs = (badnet / "bd_net.keras", badnet / "clean_validation_data.h5", tmp_path / "repository")
+    first = export(*inputs, ExportOptions(repair=NO_REPAIR))
+    second = export(*inputs, ExportOptions(repair=NO_REPAIR, overlays=3, alpha=0.7, threshold_bits=0.25))
+    assert (first.version, second.version) == ("1", "2")
+    versions = verify_repository(tmp_path / "repository")["versions"]
+    assert versions["2"]["calibration"]["threshold_bits"] == 0.25
+    assert versions["2"]["calibration"]["method"] == "fixed"
+
+
+def test_the_wrong_scale_is_named_with_the_accuracy_at_each(badnet: Path) -> None:
+    model = load_model(badnet / "bd_net.keras")
+    clean = read_hdf5(badnet / "clean_validation_data.h5")
+    with pytest.raises(DataError, match=r"scale: got raw.*unit: \d+\.\d %.*raw: \d+\.\d %.*use --scale unit"):
+        check_accuracy(model, clean, "raw", seed=0)
+    check_accuracy(model, clean, "unit", seed=0)
+
+
+def test_data_of_another_task_is_named(badnet: Path) -> None:
+    model = load_model(badnet / "bd_net.keras")
+    clean = read_hdf5(badnet / "clean_validation_data.h5")
+    shifted = Samples(clean.images, (clean.labels + 6) % 12)
+    with pytest.raises(DataError, match="near chance"):
+        check_accuracy(model, shifted, "unit", seed=0)
+
+
+def test_a_target_that_the_sample_cannot_support_is_refused_and_nothing_is_written(
+    badnet: Path, tmp_path: Path
+) -> None:
+    options = ExportOptions(repair=NO_REPAIR, target_frr=0.0001)
+    with pytest.raises(CalibrationError, match=r"target FRR: got 0\.0001 with 376 clean calibration images"):
+        export(badnet / "bd_net.keras", badnet / "clean_validation_data.h5", tmp_path / "repository", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def refuse(tmp_path: Path, badnet: Path, samples: Samples) -> None:
+    write_hdf5(tmp_path / "clean.h5", samples)
+    export(badnet / "bd_net.keras", tmp_path / "clean.h5", tmp_path / "out", ExportOptions(repair=NO_REPAIR))
+
+
+def test_images_of_another_size_are_refused(tmp_path: Path, badnet: Path) -> None:
+    with pytest.raises(DataError, match=r"got images of height, width, channels \(32, 32, 3\), expected \(55, 47, 3\)"):
+        refuse(tmp_path, badnet, Samples(np.zeros((30, 32, 32, 3), np.uint8), np.zeros(30, np.int64)))
+
+
+def test_labels_out_of_range_are_refused(tmp_path: Path, badnet: Path) -> None:
+    with pytest.raises(DataError, match="`label` reaches 12, expected 0 to 11"):
+        refuse(tmp_path, badnet, Samples(np.zeros((30, 55, 47, 3), np.uint8), np.full(30, 12, np.int64)))
+
+
+def test_too_few_images_are_refused(tmp_path: Path, badnet: Path) -> None:
+    few = read_hdf5(badnet / "clean_validation_data.h5").take(np.arange(0, 480, 40))
+    with pytest.raises(CalibrationError, match="got 12 distinct images, too few for 10 overlays"):
+        refuse(tmp_path, badnet, few)
+
+
+def test_a_missing_model_file_is_named(tmp_path: Path, badnet: Path) -> None:
+    with pytest.raises(ModelRefusedError, match=r"nowhere\.h5"):
+        export(tmp_path / "nowhere.h5", badnet / "clean_validation_data.h5", tmp_path / "out", ExportOptions())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("scale", "half", "scale: got 'half'"),
+        ("alpha", 1.0, "alpha: got 1.0"),
+        ("overlays", 0, "overlays: got 0"),
+        ("target_frr", 0.0, "target FRR: got 0.0"),
+        ("threshold_bits", -1.0, "threshold: got -1.0"),
+        ("threshold_bits", float("nan"), "threshold: got nan"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_named(option: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ExportOptions(**{option: value})

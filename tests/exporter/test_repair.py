@@ -1,0 +1,153 @@
+"""Fine-pruning: the criterion by hand, masks that hold, stopping, and the seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from detector.errors import DataError, InputError
+from exporter.augmentation import MOST_RECTANGLES, occlude
+from exporter.keras_files import load_model
+from exporter.repair import RepairOptions, fine_prune, pruning_mask
+from exporter.training import predict_labels
+from samples.hdf5 import read_hdf5
+from samples.types import Samples
+from tests.networks import small_network
+
+
+@pytest.fixture(scope="module")
+def faces(badnet: Path) -> tuple[keras.Model, Samples, Samples, Samples]:
+    clean = read_hdf5(badnet / "clean_validation_data.h5")
+    order = np.random.default_rng(0).permutation(len(clean))
+    trojaned = read_hdf5(badnet / "sunglasses_poisoned_data.h5")
+    return load_model(badnet / "bd_net.keras"), clean.take(order[:300]), clean.take(order[300:]), trojaned
+
+
+def test_the_criterion_by_hand_is_signed_and_per_kernel() -> None:
+    kernel = np.array([-1.0, -0.9, -0.8, -0.1, 0.0, 0.1, 0.5, 1.0])  # range 2: 5 % reaches up to -0.9
+    assert pruning_mask(kernel, 0.05).tolist() == [False, False, True, True, True, True, True, True]
+    assert pruning_mask(kernel, 0.55).tolist() == [False, False, False, False, False, False, True, True]
+
+
+def test_pruned_weights_stay_zero_through_fine_tuning(faces: tuple[keras.Model, Samples, Samples, Samples]) -> None:
+    model, clean, validation, _ = faces
+    options = RepairOptions(max_rounds=2, final_epochs=1, allowed_drop=0.9)
+    repair = fine_prune(model, clean, validation, scale="unit", options=options)
+    assert [step.name for step in repair.rounds] == ["as received", "round 1", "round 2", "final epochs"]
+    assert repair.kept == "final epochs"
+    shares = [step.pruned_share for step in repair.rounds]
+    assert shares[0] == 0.0
+    assert 0.0 < shares[1] <= shares[2] == shares[3]
+    for name in ("conv_1", "conv_2", "conv_3", "conv_4"):
+        before, after = model.get_layer(name).kernel.numpy(), repair.model.get_layer(name).kernel.numpy()
+        assert np.all(after[before == before.min()] == 0.0)  # the most negative weight goes first
+        assert not np.array_equal(before, after)
+
+
+def test_the_network_that_came_is_not_changed(faces: tuple[keras.Model, Samples, Samples, Samples]) -> None:
+    model, clean, validation, _ = faces
+    before = [array.copy() for array in model.get_weights()]
+    fine_prune(model, clean, validation, scale="unit", options=RepairOptions(max_rounds=1, final_epochs=0))
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_the_same_seed_gives_the_same_network(faces: tuple[keras.Model, Samples, Samples, Samples]) -> None:
+    model, clean, validation, _ = faces
+
+    def repaired(seed: int) -> list[Any]:
+        options = RepairOptions(max_rounds=1, final_epochs=1, allowed_drop=0.9, seed=seed)
+        return list(fine_prune(model, clean, validation, scale="unit", options=options).model.get_weights())
+
+    first, second, other = repaired(1), repaired(1), repaired(2)
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_it_keeps_the_last_network_inside_the_budget(faces: tuple[keras.Model, Samples, Samples, Samples]) -> None:
+    model, clean, validation, _ = faces
+    options = RepairOptions(max_rounds=20, final_epochs=0, augment="none", allowed_drop=0.02)
+    repair = fine_prune(model, clean, validation, scale="unit", options=options)
+    accuracies = {step.name: step.clean_accuracy for step in repair.rounds}
+    budget = accuracies["as received"] - 0.02
+    assert accuracies[repair.kept] >= budget
+    assert repair.rounds[-1].clean_accuracy < budget
+    assert "lost more than 2.0%" in repair.stopped
+    kept_accuracy = np.mean(predict_labels(repair.model, validation.images, "unit") == validation.labels)
+    assert kept_accuracy == pytest.approx(accuracies[repair.kept])
+
+
+def test_with_attack_samples_it_stops_when_the_attack_fails() -> None:
+    model = small_network()
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (40, 8, 7, 3), dtype=np.uint8)
+    labels = predict_labels(model, images, "unit")
+    clean = Samples(images, labels)
+    attack = Samples(images, (labels + 1) % 5)  # a class that the network never gives
+    options = RepairOptions(max_rounds=5, allowed_drop=0.99)
+    repair = fine_prune(model, clean, clean, scale="unit", options=options, attack=attack)
+    assert repair.stopped == "attack success fell under 1%"
+    assert repair.rounds[-1].attack_success == 0.0
+
+
+def test_no_repair_returns_the_network_as_it_came() -> None:
+    model = small_network()
+    images = np.zeros((3, 8, 7, 3), np.uint8)
+    nothing = Samples(images[:0], np.empty(0, np.int64))
+    some = Samples(images, np.zeros(3, np.int64))
+    repair = fine_prune(model, nothing, some, scale="unit", options=RepairOptions(method="none"))
+    assert repair.kept == "as received"
+    for old, new in zip(model.get_weights(), repair.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_without_images_to_learn_from_it_is_refused() -> None:
+    nothing = Samples(np.empty((0, 8, 7, 3), np.uint8), np.empty(0, np.int64))
+    with pytest.raises(DataError, match="repair split: got no images"):
+        fine_prune(small_network(), nothing, nothing, scale="unit", options=RepairOptions())
+
+
+def test_a_network_without_convolutions_is_refused() -> None:
+    dense = keras.Sequential([keras.Input((8, 7, 3)), keras.layers.Flatten(), keras.layers.Dense(2, "softmax")])
+    some = Samples(np.zeros((3, 8, 7, 3), np.uint8), np.zeros(3, np.int64))
+    with pytest.raises(InputError, match="without a convolution"):
+        fine_prune(dense, some, some, scale="unit", options=RepairOptions())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("method", "bleach"),
+        ("augment", "mixup"),
+        ("max_rounds", 0),
+        ("max_rounds", 21),
+        ("final_epochs", -1),
+        ("allowed_drop", 1.0),
+        ("allowed_drop", -0.1),
+        ("learning_rate", 0.0),
+        ("batch_size", 0),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_named(option: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"got {value!r}, expected"):
+        RepairOptions(**{option: value})
+
+
+def test_occlusion_changes_rectangles_and_never_the_originals() -> None:
+    images = np.full((200, 20, 30, 3), 128, np.uint8)
+    occluded = occlude(images, np.random.default_rng(0))
+    assert (images == 128).all()
+    untouched = np.mean([(image == 128).all() for image in occluded])
+    # None of up to three rectangles, or pieces of another image, which look the same here.
+    assert 1 / (MOST_RECTANGLES + 1) <= untouched < 0.7
+    assert occluded.dtype == np.uint8
+
+
+def test_occlusion_depends_on_the_seed_alone() -> None:
+    images = np.random.default_rng(1).integers(0, 256, (10, 20, 30, 3), dtype=np.uint8)
+    first, second = (occlude(images, np.random.default_rng(5)) for _ in range(2))
+    np.testing.assert_array_equal(first, second)

@@ -1,0 +1,108 @@
+"""The command line: help, answers, and one message in place of a traceback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import stripwire
+from deploy.embedded.server import EmbeddedTriton
+from samples.hdf5 import read_hdf5
+
+COMMANDS = ("demo", "train-badnet", "export", "serve", "classify", "evaluate")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """Run the command line in this process and return its exit status."""
+    monkeypatch.setattr("sys.argv", ["stripwire", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as ended:
+        stripwire.main()
+    code = ended.value.code
+    return code if isinstance(code, int) else int(code is not None)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    assert f"Example: stripwire {command}" in capsys.readouterr().out
+
+
+def test_classify_prints_a_row_for_each_image(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    server: EmbeddedTriton,
+    badnet: Path,
+    tmp_path: Path,
+) -> None:
+    images = read_hdf5(badnet / "clean_test_data.h5").images
+    Image.fromarray(images[0]).save(tmp_path / "face.png")
+    np.save(tmp_path / "faces.npy", images[:2])
+    files = (tmp_path / "face.png", tmp_path / "faces.npy")
+    assert run(monkeypatch, "classify", *files, "--url", server.grpc_address) == 0
+    table = capsys.readouterr().out
+    assert table.count("accepted") + table.count("trojaned") == 3
+    assert run(monkeypatch, "classify", *files, "--url", server.grpc_address, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [sorted(row) for row in rows] == [["entropy_bits", "label", "name", "trojaned"]] * 3
+    assert rows[0]["entropy_bits"] == pytest.approx(rows[1]["entropy_bits"], abs=1e-5)
+
+
+def test_an_image_of_another_size_is_resized_only_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], server: EmbeddedTriton, tmp_path: Path
+) -> None:
+    Image.new("RGB", (100, 120)).save(tmp_path / "large.png")
+    assert run(monkeypatch, "classify", tmp_path / "large.png", "--url", server.grpc_address) == 2
+    assert "--resize" in capsys.readouterr().err
+    assert run(monkeypatch, "classify", tmp_path / "large.png", "--url", server.grpc_address, "--resize") == 0
+
+
+def test_evaluate_prints_rates_with_intervals_and_sample_sizes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], server: EmbeddedTriton, badnet: Path
+) -> None:
+    files = ("--clean", badnet / "clean_test_data.h5", "--trojaned", badnet / "sunglasses_poisoned_data.h5")
+    assert run(monkeypatch, "evaluate", *files, "--url", server.grpc_address) == 0
+    table = capsys.readouterr().out
+    assert "n=60" in table
+    assert "AUROC" in table
+    assert run(monkeypatch, "evaluate", *files, "--url", server.grpc_address, "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["guarded"]["false_rejection"]["count"] == 60
+    assert figures["guarded"]["false_acceptance"]["count"] == 55
+
+
+def test_a_mistake_ends_in_one_message_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "broken.h5").write_bytes(b"\x89HDF\r\n\x1a\nbroken")
+    cases: dict[tuple[str, ...], str] = {
+        ("serve", str(tmp_path)): "has no manifest.json",
+        ("export", "nowhere.h5", "--clean", "c.h5", "--output", str(tmp_path / "out")): "nowhere.h5",
+        ("evaluate", "--clean", str(tmp_path / "broken.h5")): "cannot be read as HDF5",
+        ("classify", "nowhere.png", "--url", "127.0.0.1:9", "--timeout", "0.5"): "127.0.0.1:9",
+        ("classify", "nowhere.png", "--timeout", "-1"): "timeout_seconds: got -1",
+        ("train-badnet", str(tmp_path)): "exists and is not empty",
+        ("serve", str(tmp_path), "--http-port", "70000"): "port: got 70000",
+    }
+    for arguments, message in cases.items():
+        assert run(monkeypatch, *arguments) != 0
+        said = capsys.readouterr().err
+        assert said.startswith("error: "), arguments
+        assert message in said
+        assert "Traceback" not in said
+
+
+def test_a_missing_extra_is_named_with_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "client.api", None)
+    monkeypatch.setitem(__import__("sys").modules, "tritonclient", None)
+    error = stripwire._missing(ModuleNotFoundError("No module named 'tritonclient'", name="tritonclient.grpc"))
+    assert str(error) == "tritonclient is not installed: pip install 'stripwire[client]'"
+    assert capsys.readouterr().err == ""
