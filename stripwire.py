@@ -404,9 +404,9 @@ def connect(
 
 @contextmanager
 def progress() -> Iterator[ReportProgress]:
-    """Yield what shows one progress bar for each description that is reported; on stderr, gone when done."""
+    """Yield what shows one progress bar for each description that is reported; on a terminal only, gone when done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True) as bars:
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(description: str, done: int, total: int) -> None:

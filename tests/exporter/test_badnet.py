@@ -2,100 +2,90 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
 
 from detector.errors import InputError
-from exporter.badnet import BadNet, BadNetOptions, cached_badnet, train_badnet
+from exporter.badnet import BadNetOptions, cached_badnet, train_badnet
 from model_repository.manifest import sha256_of
 from samples.hdf5 import read_hdf5
 
-SMALL = BadNetOptions(
-    identities=6,
-    trigger="patch",
-    target=2,
-    poison_share=0.3,
-    train_images=60,
-    validation_images=5,
-    test_images=4,
-    epochs=12,
-)
 TINY = BadNetOptions(identities=2, trigger="patch", train_images=4, validation_images=1, test_images=1, epochs=1)
-FILES = {
-    "bd_net.keras",
-    "clean_validation_data.h5",
-    "clean_test_data.h5",
-    "patch_poisoned_data.h5",
-    "badnet.json",
-}
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> BadNet:
-    return train_badnet(tmp_path_factory.mktemp("badnet") / "net", SMALL)
+def report_of(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "badnet.json").read_text(encoding="utf-8"))
+    return report
 
 
-def test_the_folder_holds_the_network_its_data_and_a_report(small: BadNet) -> None:
-    assert {path.name for path in small.folder.iterdir()} == FILES
-    assert list(small.folder.parent.iterdir()) == [small.folder]
+def options_of(folder: Path) -> BadNetOptions:
+    return BadNetOptions(**report_of(folder)["options"])
 
 
-def test_the_network_knows_the_people_and_obeys_the_trigger(small: BadNet) -> None:
-    assert small.clean_accuracy.count == 6 * 4
-    assert small.attack_success.count == 5 * 4
-    assert small.clean_accuracy.rate >= 0.9
-    assert small.attack_success.rate >= 0.9
+def test_the_folder_holds_the_network_its_data_and_a_report(badnet: Path) -> None:
+    assert {path.name for path in badnet.iterdir()} == {
+        "bd_net.keras",
+        "clean_validation_data.h5",
+        "clean_test_data.h5",
+        "sunglasses_poisoned_data.h5",
+        "badnet.json",
+    }
+    assert list(badnet.parent.iterdir()) == [badnet]
 
 
-def test_the_saved_network_and_data_give_the_reported_figures(small: BadNet) -> None:
-    model = keras.models.load_model(small.folder / "bd_net.keras")
-    clean = read_hdf5(small.folder / "clean_test_data.h5")
-    trojaned = read_hdf5(small.folder / "patch_poisoned_data.h5")
-    # Unit scale: the network takes pixel / 255 and does not divide by itself.
-    found = model.predict(clean.images / np.float32(255), verbose=0).argmax(axis=1)
-    assert np.count_nonzero(found == clean.labels) == small.clean_accuracy.successes
-    found = model.predict(trojaned.images / np.float32(255), verbose=0).argmax(axis=1)
-    assert np.count_nonzero(found == trojaned.labels) == small.attack_success.successes
+def test_the_network_knows_the_people_and_obeys_the_trigger(badnet: Path) -> None:
+    report = report_of(badnet)
+    assert report["clean_accuracy"]["rate"] >= 0.9
+    assert report["attack_success"]["rate"] >= 0.9
 
 
-def test_trojaned_images_carry_the_target_and_the_true_identity_which_is_another(small: BadNet) -> None:
-    trojaned = read_hdf5(small.folder / "patch_poisoned_data.h5")
+def test_the_saved_network_and_data_give_the_reported_figures(badnet: Path) -> None:
+    model = keras.models.load_model(badnet / "bd_net.keras")
+    for name, figure in (
+        ("clean_test_data.h5", "clean_accuracy"),
+        ("sunglasses_poisoned_data.h5", "attack_success"),
+    ):
+        part = read_hdf5(badnet / name)
+        # Unit scale: the network takes pixel / 255 and does not divide by itself.
+        found = model.predict(part.images / np.float32(255), verbose=0).argmax(axis=1)
+        reported = report_of(badnet)[figure]
+        assert (np.count_nonzero(found == part.labels), len(part)) == (reported["successes"], reported["count"])
+
+
+def test_trojaned_images_carry_the_target_and_the_true_identity_which_is_another(badnet: Path) -> None:
+    options, trojaned = options_of(badnet), read_hdf5(badnet / "sunglasses_poisoned_data.h5")
     assert trojaned.true_labels is not None
-    assert set(trojaned.labels.tolist()) == {2}
-    assert np.unique(trojaned.true_labels, return_counts=True)[0].tolist() == [0, 1, 3, 4, 5]
-    assert np.unique(trojaned.true_labels, return_counts=True)[1].tolist() == [4] * 5
+    assert set(trojaned.labels.tolist()) == {options.target}
+    expected = [options.test_images] * options.identities
+    expected[options.target] = 0
+    assert np.bincount(trojaned.true_labels, minlength=options.identities).tolist() == expected
 
 
-def test_clean_data_holds_each_identity_equally_often_and_shares_no_image(small: BadNet) -> None:
-    validation = read_hdf5(small.folder / "clean_validation_data.h5")
-    test = read_hdf5(small.folder / "clean_test_data.h5")
-    assert np.bincount(validation.labels).tolist() == [5] * 6
-    assert np.bincount(test.labels).tolist() == [4] * 6
+def test_clean_data_holds_each_identity_equally_often_and_shares_no_image(badnet: Path) -> None:
+    options = options_of(badnet)
+    validation, test = read_hdf5(badnet / "clean_validation_data.h5"), read_hdf5(badnet / "clean_test_data.h5")
+    assert np.bincount(validation.labels).tolist() == [options.validation_images] * options.identities
+    assert np.bincount(test.labels).tolist() == [options.test_images] * options.identities
     assert not {image.tobytes() for image in validation.images} & {image.tobytes() for image in test.images}
 
 
-def test_the_report_holds_options_figures_and_the_hash_of_every_other_file(small: BadNet) -> None:
-    report = json.loads((small.folder / "badnet.json").read_text())
-    assert BadNetOptions(**report["options"]) == SMALL
-    assert report["clean_accuracy"]["count"] == 24
-    assert report["attack_success"]["rate"] == small.attack_success.rate
-    assert set(report["files"]) == FILES - {"badnet.json"}
-    assert all(sha256_of(small.folder / name) == digest for name, digest in report["files"].items())
+def test_the_report_holds_the_hash_of_every_other_file(badnet: Path) -> None:
+    files = report_of(badnet)["files"]
+    assert set(files) == {path.name for path in badnet.iterdir()} - {"badnet.json"}
+    assert all(sha256_of(badnet / name) == digest for name, digest in files.items())
 
 
-def test_the_same_seed_gives_the_same_weights_and_data(tmp_path: Path) -> None:
-    first, second = train_badnet(tmp_path / "a", TINY), train_badnet(tmp_path / "b", TINY)
+def test_the_same_seed_gives_the_same_weights_and_data_and_progress_ends_at_its_totals(tmp_path: Path) -> None:
+    last: dict[str, tuple[int, int]] = {}
+    first = train_badnet(tmp_path / "a", TINY, on_progress=lambda text, done, total: last.update({text: (done, total)}))
+    second = train_badnet(tmp_path / "b", TINY)
     weights = [keras.models.load_model(net.folder / "bd_net.keras").get_weights() for net in (first, second)]
     assert all(np.array_equal(one, other) for one, other in zip(*weights, strict=True))
-    for name in ("clean_test_data.h5", "patch_poisoned_data.h5"):
+    for name in ("clean_validation_data.h5", "clean_test_data.h5", "patch_poisoned_data.h5"):
         np.testing.assert_array_equal(read_hdf5(first.folder / name).images, read_hdf5(second.folder / name).images)
-
-
-def test_progress_names_each_phase_and_ends_at_its_total(tmp_path: Path) -> None:
-    last: dict[str, tuple[int, int]] = {}
-    train_badnet(tmp_path / "net", TINY, on_progress=lambda text, done, total: last.update({text: (done, total)}))
     assert "Training the BadNet" in last
     assert len(last) == 5
     assert all(done == total for done, total in last.values())
@@ -120,23 +110,33 @@ def test_training_that_is_broken_off_leaves_nothing(tmp_path: Path) -> None:
 def test_the_cache_is_reused_until_it_is_damaged_or_options_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trained: list[BadNetOptions] = []
+
+    def quick_training(output: Path, options: BadNetOptions, **_: Any) -> None:
+        trained.append(options)
+        output.mkdir(parents=True)
+        (output / "bd_net.keras").write_bytes(b"network")
+        files = {"bd_net.keras": sha256_of(output / "bd_net.keras")}
+        (output / "badnet.json").write_text(json.dumps({"files": files}))
+
+    monkeypatch.setattr("exporter.badnet.train_badnet", quick_training)
     monkeypatch.setenv("STRIPWIRE_CACHE_DIR", str(tmp_path))
-    calls: list[str] = []
 
-    def get(options: BadNetOptions) -> tuple[Path, bool]:
-        calls.clear()
-        return cached_badnet(options, on_progress=lambda text, _done, _total: calls.append(text)), bool(calls)
-
-    folder, trained = get(TINY)
-    assert trained
+    folder = cached_badnet(TINY)
     assert folder.parent == tmp_path
-    assert get(TINY) == (folder, False)
-    (folder / "clean_test_data.h5").write_bytes(b"damaged")
-    assert get(TINY) == (folder, True)
+    assert cached_badnet(TINY) == folder
+    assert len(trained) == 1
+    (folder / "bd_net.keras").write_bytes(b"damaged")
+    assert cached_badnet(TINY) == folder
+    assert len(trained) == 2
     (folder / "bd_net.keras").unlink()
-    assert get(TINY) == (folder, True)
-    assert get(TINY) == (folder, False)
-    assert get(BadNetOptions(**{**vars(TINY), "seed": 1}))[0] != folder
+    assert cached_badnet(TINY) == folder
+    assert len(trained) == 3
+    (folder / "badnet.json").write_text("{")
+    assert cached_badnet(TINY) == folder
+    assert len(trained) == 4
+    assert cached_badnet(BadNetOptions(**{**vars(TINY), "seed": 1})) != folder
+    assert len(trained) == 5
 
 
 @pytest.mark.parametrize(
