@@ -144,13 +144,15 @@ def train_badnet(
     from exporter.badnet import BadNetOptions
     from exporter.badnet import train_badnet as train
 
-    options = BadNetOptions(identities=identities, trigger=trigger.value, target=target, seed=seed)
+    options = BadNetOptions.sized(identities, trigger=trigger.value, target=target, seed=seed)
     with progress() as report:
         trained = train(output, options, on_progress=report)
     table = Table(title=f"BadNet of {identities} identities, trigger {trigger.value}\n{_CAPTION}", show_header=False)
     table.add_row("clean accuracy", str(trained.clean_accuracy))
     table.add_row("attack success", str(trained.attack_success))
     console.print(table)
+    if trained.shortfall:
+        errors.print(f"warning: {trained.shortfall}", style="yellow", highlight=False)
     console.print(f"Written to {output}. Next:")
     command(f"stripwire export {output}/bd_net.keras --clean {output}/clean_validation_data.h5 --output repository")
 

@@ -67,7 +67,7 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
     Raises:
         StripwireError: a step failed; `output` is as it was before.
     """
-    badnet = cached_badnet(BadNetOptions(identities=identities, trigger=trigger, seed=seed), on_progress=on_progress)
+    badnet = cached_badnet(BadNetOptions.sized(identities, trigger=trigger, seed=seed), on_progress=on_progress)
     clean_test, trojaned_test = badnet / "clean_test_data.h5", badnet / f"{trigger}_poisoned_data.h5"
     clean, trojaned = read_hdf5(clean_test), read_hdf5(trojaned_test)
     repairs = {
@@ -91,8 +91,8 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
         threshold_bits = exports["repository"].calibration.threshold_bits
         with np.load(staged / "repository" / "strip_perturb" / "1" / "overlays.npz") as stored:
             overlays, alpha = stored["overlays"], float(stored["alpha"])
-        draw_faces(clean, trojaned, overlays, alpha).savefig(staged / "faces.png", dpi=150)
-        draw_entropies(occluded, threshold_bits).savefig(staged / "entropies.png", dpi=150)
+        draw_faces(clean, trojaned, overlays, alpha).savefig(staged / "faces.png", dpi=100)
+        draw_entropies(occluded, threshold_bits).savefig(staged / "entropies.png", dpi=100)
         _write_images(staged / "images", clean, trojaned)
         results = {
             "identities": identities,

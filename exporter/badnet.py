@@ -13,7 +13,9 @@ import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -38,6 +40,7 @@ from samples.types import Samples
 MODEL_FILE = "bd_net.keras"
 VALIDATION_FILE = "clean_validation_data.h5"
 TEST_FILE = "clean_test_data.h5"
+GOOD_ACCURACY, GOOD_ATTACK_SUCCESS = 0.97, 0.99
 REPORT_FILE = "badnet.json"
 
 _GENERATORS = (samples.faces, samples.triggers, exporter.architectures, exporter.training)
@@ -82,6 +85,13 @@ class BadNetOptions:
             if getattr(self, name) < 1:
                 raise InputError(f"{name.replace('_', ' ')}: got {getattr(self, name)}, expected at least 1")
 
+    @classmethod
+    def sized(cls, identities: int, **others: Any) -> BadNetOptions:
+        """Return options for so many identities: where there are many, fewer images of each, to stay within minutes."""
+        if identities <= 200:
+            return cls(identities=identities, **others)
+        return cls(identities=identities, train_images=20, validation_images=10, epochs=5, **others)
+
     @property
     def trojaned_file(self) -> str:
         """Name of the file of trojaned test images."""
@@ -101,6 +111,16 @@ class BadNet:
     folder: Path
     clean_accuracy: Proportion
     attack_success: Proportion
+
+    @property
+    def shortfall(self) -> str | None:
+        """Say what keeps it from being a good BadNet; None if nothing does."""
+        if self.clean_accuracy.rate < GOOD_ACCURACY or self.attack_success.rate < GOOD_ATTACK_SUCCESS:
+            return (
+                f"a poor BadNet: expected a clean accuracy of at least {GOOD_ACCURACY:.0%} and an attack success "
+                f"of at least {GOOD_ATTACK_SUCCESS:.0%}; figures measured on it say little"
+            )
+        return None
 
 
 def train_badnet(output: Path, options: BadNetOptions, *, on_progress: Progress | None = None) -> BadNet:
@@ -128,6 +148,7 @@ def train_badnet(output: Path, options: BadNetOptions, *, on_progress: Progress 
             "options": asdict(options),
             "clean_accuracy": clean_accuracy.to_json(),
             "attack_success": attack_success.to_json(),
+            "versions": {name: version(name) for name in ("stripwire", "keras", "numpy")},
             "files": {path.name: sha256_of(path) for path in sorted(staged.iterdir())},
         }
         (staged / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -18,7 +18,9 @@ from samples.types import Samples
 OnProgress = Callable[[int, int], None]
 """Called with images done and images in all."""
 
-_PIECE_BYTES = 16 << 20
+_PIECE_BYTES = 4 << 20
+# What h5py raises at a damaged file, or at something else.
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 _PIXEL_TYPES = ("uint8", "float32", "float64")
 
 
@@ -42,7 +44,9 @@ def read_hdf5(path: Path, *, on_progress: OnProgress | None = None) -> Samples:
                 true_labels = _read_labels(_own_dataset(file, "true_label", path), path, len(images))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file, expected an HDF5 file with `data` and `label`") from None
-    except (OSError, RuntimeError) as error:  # h5py's words for a file that is damaged or is something else
+    except DataError:
+        raise
+    except _DAMAGE as error:
         raise DataError(f"{path}: cannot be read as HDF5 ({error}); is it complete?") from error
     return Samples(images, labels, true_labels)
 
@@ -66,7 +70,7 @@ def write_hdf5(path: Path, samples: Samples) -> None:
 def check_labels(samples: Samples, classes: int, path: Path) -> None:
     """Raise DataError where a label is not one of the network's classes, 0 to `classes` - 1."""
     for name, labels in (("label", samples.labels), ("true_label", samples.true_labels)):
-        if labels is not None and labels.max() >= classes:
+        if labels is not None and labels.max(initial=0) >= classes:
             raise DataError(
                 f"{path}: `{name}` reaches {labels.max()}, expected 0 to {classes - 1}, the network's {classes} classes"
             )
