@@ -1,0 +1,83 @@
+"""The stages on a GPU: tensors come in and go out through DLPack, and never visit the host."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from detector.serving import entropy_stage, perturb_stage, verdict_stage
+from tests.detector import reference
+from tests.detector.test_serving import PUBLIC, arguments
+from tests.detector.triton import InferenceRequest, InferenceResponse, PbUtils
+
+pytestmark = pytest.mark.gpu
+
+
+@dataclass(frozen=True)
+class GpuTensor:
+    """A tensor on the GPU, as Triton hands it over: it has no NumPy form."""
+
+    tensor_name: str
+    array: Any
+
+    def name(self) -> str:
+        return self.tensor_name
+
+    def is_cpu(self) -> bool:
+        return False
+
+    def as_numpy(self) -> Any:
+        raise AssertionError("a GPU tensor was copied to the host")
+
+    def to_dlpack(self) -> Any:
+        return self.array.toDlpack()
+
+    @classmethod
+    def from_dlpack(cls, name: str, array: Any) -> GpuTensor:
+        return cls(name, array)
+
+
+def on_gpu(outputs: list[str], **inputs: Any) -> InferenceRequest:
+    import cupy
+
+    tensors: list[Any] = [GpuTensor(name, cupy.asarray(array)) for name, array in inputs.items()]
+    return InferenceRequest(tensors, outputs)
+
+
+def host(response: InferenceResponse) -> dict[str, Any]:
+    tensors: Any = response.output_tensors
+    return {tensor.name(): tensor.array.get() for tensor in tensors}
+
+
+def test_all_three_stages_stay_on_the_gpu(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    overlays = generator.integers(0, 256, (3, 4, 5, 2), dtype=np.uint8)
+    (tmp_path / "1").mkdir()
+    np.savez(tmp_path / "1" / "overlays.npz", overlays=overlays, alpha=0.6)
+    (tmp_path / "1" / "calibration.json").write_text(json.dumps({"threshold_bits": 0.5}))
+    pb_utils = PbUtils(Tensor=GpuTensor)
+    given = arguments(tmp_path, kind="GPU")
+
+    images = generator.integers(0, 256, (2, 4, 5, 2), dtype=np.uint8)
+    first, second = perturb_stage(given, pb_utils).execute([on_gpu(["perturbations"], image=images)] * 2)
+    expected = [[reference.blend(image, overlay, 0.6) for overlay in overlays] for image in images]
+    for answer in (first, second):
+        np.testing.assert_allclose(host(answer)["perturbations"], expected, atol=1e-4)
+
+    certain_and_undecided = np.array([[[1.0, 0.0], [1.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]]], np.float32)
+    request = on_gpu(["sentinel_entropy"], sentinel_probabilities=certain_and_undecided)
+    (answer,) = entropy_stage(given, pb_utils).execute([request])
+    np.testing.assert_allclose(host(answer)["sentinel_entropy"], [[0.0], [1.0]])
+
+    probabilities = np.array([[0.1, 0.9], [0.9, 0.1]], np.float32)
+    request = on_gpu(
+        PUBLIC, sentinel_entropy=np.array([[0.0], [1.0]], np.float32), repaired_probabilities=probabilities
+    )
+    (answer,) = verdict_stage(given, pb_utils).execute([request])
+    assert host(answer)["label"].tolist() == [[2], [0]]
+    assert host(answer)["trojaned"].tolist() == [[True], [False]]

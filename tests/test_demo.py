@@ -1,0 +1,33 @@
+"""The demo, small: it ends with a table, pictures, numbers, and a repository that can be served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from model_repository.manifest import verify_repository
+from tests.test_stripwire import run
+
+
+def test_the_demo_ends_with_a_table_pictures_and_a_repository(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STRIPWIRE_CACHE_DIR", str(tmp_path / "cache"))
+    output = tmp_path / "demo"
+    for _ in range(2):  # the second run finds the BadNet in the cache, and replaces the output
+        assert run(monkeypatch, "demo", "--identities", "15", "--output", output) == 0
+        said = capsys.readouterr().out
+        for row in ("original", "as published", "with occlusion", "guarded", "stripwire serve"):
+            assert row in said
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    verify_repository(output / "repository")
+    for name in ("faces.png", "entropies.png"):
+        with Image.open(output / name) as picture:
+            assert min(picture.size) > 300
+    assert len(list((output / "images").glob("*.png"))) == 8
+    results = json.loads((output / "results.json").read_text())
+    assert results["occlusion"]["guarded"]["false_rejection"]["count"] == 150
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -1,0 +1,64 @@
+"""The wheel holds all that is needed outside the checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder into which the wheel was unpacked."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stripwire.py",
+        "stripwire_demo.py",
+        "model_repository/strip_perturb/model.py",
+        "model_repository/strip_entropy/model.py",
+        "model_repository/strip_verdict/model.py",
+        "deploy/embedded/launch.py",
+        "deploy/embedded/backends/onnxruntime/model.py",
+    ],
+)
+def test_the_wheel_holds_what_the_server_runs(installed: Path, name: str) -> None:
+    assert (installed / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_the_wheel_holds_nothing_else(installed: Path) -> None:
+    tops = {path.name.split("-")[0] for path in installed.iterdir()}
+    assert tops == {
+        *("client", "deploy", "detector", "exporter", "model_repository", "samples"),
+        *("stripwire.py", "stripwire_demo.py", "stripwire"),
+    }
+
+
+def test_it_runs_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import stripwire, exporter.repository as r, deploy.embedded.server as s; "
+        f"assert r.__file__.startswith({str(installed)!r}); s.find_triton(); print('whole')"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(installed), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout == "whole\n"
