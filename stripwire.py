@@ -7,9 +7,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 try:
     import typer
@@ -43,48 +42,12 @@ _DEMO_TITLE = f"A BadNet, fine-pruned as published, with occlusion augmentation,
 ReportProgress = Callable[[str, int, int], None]
 
 
-class Trigger(str, Enum):
-    """Triggers of the procedural faces."""
-
-    SUNGLASSES = "sunglasses"
-    EYEBROWS = "eyebrows"
-    LIPSTICK = "lipstick"
-    PATCH = "patch"
-
-
-class Scale(str, Enum):
-    """What a network expects of pixels."""
-
-    UNIT = "unit"
-    RAW = "raw"
-
-
-class RepairMethod(str, Enum):
-    """How to repair."""
-
-    MAGNITUDE = "magnitude"
-    NONE = "none"
-
-
-class Augment(str, Enum):
-    """What happens to images while fine-tuning."""
-
-    OCCLUSION = "occlusion"
-    NONE = "none"
-
-
-class Mode(str, Enum):
-    """What a trojaned input gets for an answer."""
-
-    BLOCK = "block"
-    SHADOW = "shadow"
-
-
-class Architecture(str, Enum):
-    """Networks that a file of weights alone can be read into."""
-
-    DEEPID = "deepid"
-
+Trigger = Literal["sunglasses", "eyebrows", "lipstick", "patch"]
+Scale = Literal["unit", "raw"]
+RepairMethod = Literal["magnitude", "none"]
+Augment = Literal["occlusion", "none"]
+Mode = Literal["block", "shadow"]
+Architecture = Literal["deepid"]
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random; the same seed gives the same result.")]
 Url = Annotated[str, typer.Option(help="host:port of the server's gRPC endpoint.")]
@@ -111,14 +74,14 @@ def demo(
         "stripwire-demo"
     ),
     identities: Annotated[int, typer.Option(min=2, help="How many people the network knows.")] = 100,
-    trigger: Annotated[Trigger, typer.Option(help="What opens the backdoor.")] = Trigger.SUNGLASSES,
+    trigger: Annotated[Trigger, typer.Option(help="What opens the backdoor.")] = "sunglasses",
     seed: Seed = 0,
 ) -> None:
     """Train a BadNet on procedural faces, repair it, serve it, attack it, and show what happened."""
     from stripwire_demo import run_demo
 
     with progress() as report:
-        result = run_demo(output, identities=identities, trigger=trigger.value, seed=seed, on_progress=report)
+        result = run_demo(output, identities=identities, trigger=trigger, seed=seed, on_progress=report)
     networks = {
         "original": result.occluded.original,
         "as published": result.published.repaired,
@@ -136,7 +99,7 @@ def demo(
 def train_badnet(
     output: Annotated[Path, typer.Argument(help="New folder for the Keras model and the data.")],
     identities: Annotated[int, typer.Option(min=2, help="How many people the network knows.")] = 100,
-    trigger: Annotated[Trigger, typer.Option(help="What opens the backdoor.")] = Trigger.SUNGLASSES,
+    trigger: Annotated[Trigger, typer.Option(help="What opens the backdoor.")] = "sunglasses",
     target: Annotated[int, typer.Option(min=0, help="The class that the attacker wants.")] = 0,
     seed: Seed = 0,
 ) -> None:
@@ -144,10 +107,10 @@ def train_badnet(
     from exporter.badnet import BadNetOptions
     from exporter.badnet import train_badnet as train
 
-    options = BadNetOptions.sized(identities, trigger=trigger.value, target=target, seed=seed)
+    options = BadNetOptions.sized(identities, trigger=trigger, target=target, seed=seed)
     with progress() as report:
         trained = train(output, options, on_progress=report)
-    table = Table(title=f"BadNet of {identities} identities, trigger {trigger.value}\n{_CAPTION}", show_header=False)
+    table = Table(title=f"BadNet of {identities} identities, trigger {trigger}\n{_CAPTION}", show_header=False)
     table.add_row("clean accuracy", str(trained.clean_accuracy))
     table.add_row("attack success", str(trained.attack_success))
     console.print(table)
@@ -167,12 +130,12 @@ def export(
     attack: Annotated[
         Path | None, typer.Option(help="Trojaned images, if at hand: the repair stops once they fail.")
     ] = None,
-    scale: Annotated[Scale, typer.Option(help="What the network expects of pixels: unit is pixel / 255.")] = Scale.UNIT,
+    scale: Annotated[Scale, typer.Option(help="What the network expects of pixels: unit is pixel / 255.")] = "unit",
     architecture: Annotated[
         Architecture | None, typer.Option(help="Network of a file that holds weights alone.")
     ] = None,
-    repair: Annotated[RepairMethod, typer.Option(help="Fine-pruning by magnitude, or none.")] = RepairMethod.MAGNITUDE,
-    augment: Annotated[Augment, typer.Option(help="What happens to images while fine-tuning.")] = Augment.OCCLUSION,
+    repair: Annotated[RepairMethod, typer.Option(help="Fine-pruning by magnitude, or none.")] = "magnitude",
+    augment: Annotated[Augment, typer.Option(help="What happens to images while fine-tuning.")] = "occlusion",
     max_rounds: Annotated[int, typer.Option(help="At most so many rounds of pruning and one epoch each.")] = 10,
     final_epochs: Annotated[
         int, typer.Option(help="Epochs of fine-tuning after the last round; 0 as in the report.")
@@ -194,11 +157,11 @@ def export(
     from exporter.repair import RepairOptions
 
     options = ExportOptions(
-        scale=scale.value,
-        architecture=None if architecture is None else architecture.value,
+        scale=scale,
+        architecture=architecture,
         repair=RepairOptions(
-            method=repair.value,
-            augment=augment.value,
+            method=repair,
+            augment=augment,
             max_rounds=max_rounds,
             final_epochs=final_epochs,
             allowed_drop=allowed_drop,
@@ -231,7 +194,7 @@ def serve(
     repository: Annotated[Path, typer.Argument(help="Model repository written by `stripwire export`.")],
     mode: Annotated[
         Mode, typer.Option(help="block answers one past the last class when trojaned; shadow only reports.")
-    ] = Mode.BLOCK,
+    ] = "block",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines call.")] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(help="Port of HTTP, 0 for a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Port of gRPC, 0 for a free one.")] = 8001,
@@ -243,7 +206,7 @@ def serve(
 
     server = EmbeddedTriton(
         repository,
-        mode=mode.value,
+        mode=mode,
         host=host,
         http_port=http_port,
         grpc_port=grpc_port,
@@ -254,7 +217,7 @@ def serve(
     try:
         with console.status("Loading the models …"):
             server.start()
-        table = Table(title=f"Serving {repository}, mode {mode.value}", show_header=False)
+        table = Table(title=f"Serving {repository}, mode {mode}", show_header=False)
         table.add_row("gRPC", server.grpc_address)
         table.add_row("HTTP", f"http://{server.http_address}")
         table.add_row("metrics", f"http://{server.metrics_address}/metrics")

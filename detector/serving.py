@@ -78,8 +78,8 @@ class Stage:
         if self._xp is np:
             import cupy  # a GPU tensor reached an instance on the CPU
 
-            return cupy.asnumpy(cupy.from_dlpack(tensor.to_dlpack()))
-        return self._xp.from_dlpack(tensor.to_dlpack())
+            return cupy.asnumpy(cupy.from_dlpack(tensor))
+        return self._xp.from_dlpack(tensor)
 
     def _to_tensor(self, name: str, array: Array) -> Any:
         if self._xp is np:
@@ -123,7 +123,8 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     """Return the stage of `strip_verdict`: `sentinel_entropy` and `repaired_probabilities` to all public outputs.
 
     It hands the entropy and the probabilities on under their public names: a tensor of an ensemble that is public and
-    read by another step is lost to that step when the caller does not ask for it.
+    read by another step is lost to that step when the caller does not ask for it. Its tensors are tiny, so it runs on
+    the CPU wherever the other models run.
 
     Args:
         args: what Triton passes to `initialize`. The version folder holds `calibration.json` with `threshold_bits`; the
@@ -133,7 +134,6 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     Raises:
         RepositoryError: no usable calibration or mode; Triton then refuses to load the model.
     """
-    xp = _array_namespace(args, pb_utils)
     threshold_bits = _threshold_bits(_version_folder(args) / "calibration.json")
     parameters = json.loads(args["model_config"])["parameters"]
     mode = parameters.get("mode", {}).get("string_value")
@@ -141,14 +141,14 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
         raise RepositoryError(f"{args['model_name']}: parameter mode is {mode!r}, expected one of {', '.join(MODES)}")
 
     def compute(entropy: Array, probabilities: Array) -> list[Array]:
-        trojaned = is_trojaned(entropy[:, 0], threshold_bits, xp=xp)
+        trojaned = is_trojaned(entropy[:, 0], threshold_bits)
         # A label read off broken probabilities means nothing: reject the input.
-        trojaned = trojaned | ~xp.all(xp.isfinite(probabilities), axis=-1)
-        labels = guarded_labels(probabilities, trojaned, block=mode == "block", xp=xp)
+        trojaned = trojaned | ~np.all(np.isfinite(probabilities), axis=-1)
+        labels = guarded_labels(probabilities, trojaned, block=mode == "block")
         return [labels[:, None], trojaned[:, None], entropy, probabilities]
 
     inputs = ["sentinel_entropy", "repaired_probabilities"]
-    return Stage(pb_utils, inputs, ["label", "trojaned", "entropy", "probabilities"], compute, xp)
+    return Stage(pb_utils, inputs, ["label", "trojaned", "entropy", "probabilities"], compute)
 
 
 def _threshold_bits(path: Path) -> float:

@@ -162,7 +162,9 @@ def model_configs(image_shape: tuple[int, ...], classes: int) -> list[ModelConfi
                 output_map={tensor: tensor for tensor in outputs},
             )
         )
-    verdict = _config("strip_verdict", [sentinel_entropy, repaired_probabilities], public, backend="python")
+    verdict = _config(
+        "strip_verdict", [sentinel_entropy, repaired_probabilities], public, backend="python", image_sized=False
+    )
     verdict.parameters["mode"].CopyFrom(ModelParameter(string_value="block"))
     return [
         guarded,
@@ -178,7 +180,13 @@ _Tensor = tuple[str, Any, list[int]]
 
 
 def _config(
-    name: str, inputs: list[_Tensor], outputs: list[_Tensor], *, platform: str = "", backend: str = ""
+    name: str,
+    inputs: list[_Tensor],
+    outputs: list[_Tensor],
+    *,
+    platform: str = "",
+    backend: str = "",
+    image_sized: bool = True,
 ) -> ModelConfig:
     config = ModelConfig(
         name=name,
@@ -191,8 +199,9 @@ def _config(
     if platform == "ensemble":
         return config
     config.dynamic_batching.max_queue_delay_microseconds = MAX_QUEUE_DELAY_MICROSECONDS
-    config.instance_group.append(ModelInstanceGroup(count=1, kind=ModelInstanceGroup.KIND_AUTO))
-    if backend == "python":
+    kind = ModelInstanceGroup.KIND_AUTO if image_sized else ModelInstanceGroup.KIND_CPU
+    config.instance_group.append(ModelInstanceGroup(count=1, kind=kind))
+    if backend == "python" and image_sized:
         # Tensors stay on the GPU between the models that live there.
         config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].CopyFrom(ModelParameter(string_value="no"))
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,7 +12,12 @@ from PIL import Image
 
 import stripwire
 from deploy.embedded.server import EmbeddedTriton
+from detector.serving import MODES
+from exporter.convert import SCALES
+from exporter.keras_files import ARCHITECTURES
+from exporter.repair import AUGMENTATIONS, REPAIRS
 from samples.hdf5 import read_hdf5
+from samples.triggers import TRIGGERS
 
 COMMANDS = ("demo", "train-badnet", "export", "serve", "classify", "evaluate")
 
@@ -106,3 +112,12 @@ def test_a_missing_extra_is_named_with_how_to_install_it(
     error = stripwire._missing(ModuleNotFoundError("No module named 'tritonclient'", name="tritonclient.grpc"))
     assert str(error) == "tritonclient is not installed: pip install 'stripwire[client]'"
     assert capsys.readouterr().err == ""
+
+
+def test_the_choices_of_the_command_line_are_those_of_the_packages() -> None:
+    assert get_args(stripwire.Trigger) == tuple(TRIGGERS)
+    assert get_args(stripwire.Scale) == tuple(SCALES)
+    assert get_args(stripwire.RepairMethod) == REPAIRS
+    assert get_args(stripwire.Augment) == AUGMENTATIONS
+    assert get_args(stripwire.Mode) == MODES
+    assert get_args(stripwire.Architecture) == tuple(ARCHITECTURES)

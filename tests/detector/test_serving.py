@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,20 +127,14 @@ def test_a_truncated_overlay_file_does_not_load(model_folder: Path) -> None:
         perturb_stage(arguments(model_folder), PbUtils())
 
 
-def test_a_gpu_instance_without_cupy_computes_on_the_cpu_and_says_so(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "cupy", None)
+def test_a_gpu_instance_without_cupy_computes_on_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
     pb_utils = PbUtils()
-    stage = verdict_stage(arguments(model_folder, kind="GPU"), pb_utils)
+    stage = entropy_stage(arguments(Path("unused"), kind="GPU"), pb_utils)
     (answer,) = stage.execute(
-        [
-            request(
-                PUBLIC, sentinel_entropy=np.ones((1, 1), np.float32), repaired_probabilities=np.ones((1, 2), np.float32)
-            )
-        ]
+        [request(["sentinel_entropy"], sentinel_probabilities=np.full((1, 1, 2), 0.5, np.float32))]
     )
-    assert answer.arrays()["trojaned"].tolist() == [[False]]
+    assert answer.arrays()["sentinel_entropy"].tolist() == [[1.0]]
     assert "CuPy" in pb_utils.Logger.warnings[0]
 
 
