@@ -1,8 +1,8 @@
 """STRIP alone on the real CSAW HackML 2020 BadNets and faces, through the served path.
 
-`python -m benchmarks.csaw DATA` prints a table; DATA is a folder with `csaw/` in it. The 170 clean faces are split: what
-overlays, calibration and validation use is never evaluated on. They are too few to repair 1283 classes with, so the
-networks are served as they came.
+`python -m benchmarks.csaw DATA` prints a table; DATA is a folder with `csaw/` in it. The 170 clean faces are split:
+what overlays, calibration and validation use is never evaluated on. They are too few to repair 1283 classes with, so
+the networks are served as they came.
 """
 
 from __future__ import annotations

@@ -44,12 +44,12 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         staged.chmod(0o755)
         yield staged
-        _publish(staged, target)
+        _publish(staged, target, replace)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _publish(staged: Path, target: Path) -> None:
+def _publish(staged: Path, target: Path, replace: bool) -> None:
     """Move `staged` to `target` in one step; what was there lies at `staged` afterwards."""
     for path in staged.rglob("*"):
         _flush(path)
@@ -62,6 +62,8 @@ def _publish(staged: Path, target: Path) -> None:
                 f"{target}: cannot be put in place ({error.strerror}); a mounted folder cannot be replaced, "
                 "choose a folder inside it"
             ) from error
+        if not replace:
+            raise InputError(f"{target}: appeared while its content was made; nothing was written there") from error
         _exchange(staged, target)
     _flush(target.parent)
 

@@ -83,3 +83,12 @@ def test_an_interrupt_leaves_no_half_written_folder(tmp_path: Path, stop: signal
     with staged_folder(target) as staged:
         (staged / "file").touch()
     assert [path.name for path in target.iterdir()] == ["file"]
+
+
+def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    with pytest.raises(InputError, match="appeared while"), staged_folder(target):  # noqa: PT012  two writers at once
+        target.mkdir()
+        (target / "other").touch()
+    assert [path.name for path in target.iterdir()] == ["other"]
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
