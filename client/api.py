@@ -603,6 +603,8 @@ def _checked_images(images: NDArray[np.uint8], about: ModelMetadata) -> NDArray[
         want not in (-1, got) for got, want in zip(batch.shape[1:], about.image_shape, strict=True)
     ):
         raise DataError(f"images: got shape {images.shape}, but {expected}, or one image without the batch")
+    if len(batch) == 0:
+        raise DataError(f"images: got an empty batch, expected at least one image of shape {batch.shape[1:]}")
     return batch
 
 

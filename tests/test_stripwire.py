@@ -88,7 +88,7 @@ def test_a_mistake_ends_in_one_message_and_no_traceback(
 ) -> None:
     (tmp_path / "broken.h5").write_bytes(b"\x89HDF\r\n\x1a\nbroken")
     cases: dict[tuple[str, ...], str] = {
-        ("serve", str(tmp_path)): "has no manifest.json",
+        ("serve", str(tmp_path), "--http-port=0", "--grpc-port=0", "--metrics-port=0"): "has no manifest.json",
         ("export", "nowhere.h5", "--clean", "c.h5", "--output", str(tmp_path / "out")): "nowhere.h5",
         ("evaluate", "--clean", str(tmp_path / "broken.h5")): "cannot be read as HDF5",
         ("classify", "nowhere.png", "--url", "127.0.0.1:9", "--timeout", "0.5"): "127.0.0.1:9",

@@ -220,11 +220,9 @@ def test_the_server_is_asked_about_the_model_only_once(client: GuardedClient, se
     assert server.metadata_calls == 1
 
 
-def test_no_images_give_no_verdicts_and_no_request(client: GuardedClient, server: Server) -> None:
-    verdicts = client.classify(images_of([]), probabilities=True)
-    assert len(verdicts) == 0
-    assert verdicts.probabilities is not None
-    assert verdicts.probabilities.shape == (0, CLASSES)
+def test_an_empty_batch_is_refused_without_a_request(client: GuardedClient, server: Server) -> None:
+    with pytest.raises(DataError, match="got an empty batch, expected at least one image"):
+        client.classify(images_of([]))
     assert server.inferences == []
 
 
