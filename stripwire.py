@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ModuleNotFoundError as _error:
@@ -73,7 +76,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the repository, the pictures and the numbers.")] = Path(
         "stripwire-demo"
     ),
-    identities: Annotated[int, typer.Option(min=2, help="How many people the network knows.")] = 100,
+    identities: Annotated[int, typer.Option(min=4, help="How many people the network knows.")] = 100,
     trigger: Annotated[Trigger, typer.Option(help="What opens the backdoor.")] = "sunglasses",
     seed: Seed = 0,
 ) -> None:
@@ -88,11 +91,12 @@ def demo(
         "with occlusion": result.occluded.repaired,
     }
     console.print(rates_table(_DEMO_TITLE, networks, result.occluded.guarded))
-    console.print(f"Pictures and numbers are in {result.output}: faces.png, entropies.png, results.json.")
+    warn(result.shortfall)
+    say(f"Pictures and numbers are in {result.output}: faces.png, entropies.png, results.json.")
     console.print("Keep the server running, and ask it about faces with and without the trigger:")
-    command(f"stripwire serve {result.repository}")
-    command(f"stripwire classify {result.output}/images/*.png")
-    command(f"stripwire evaluate --clean {result.clean_test} --trojaned {result.trojaned_test}")
+    command("serve", result.repository)
+    command("classify", *sorted((result.output / "images").glob("*-1.png")))
+    command("evaluate", "--clean", result.clean_test, "--trojaned", result.trojaned_test)
 
 
 @app.command(epilog="Example: [bold]stripwire train-badnet badnet --trigger eyebrows --identities 100[/bold]")
@@ -104,7 +108,7 @@ def train_badnet(
     seed: Seed = 0,
 ) -> None:
     """Train a backdoored DeepID network on procedural faces, to try Stripwire on."""
-    from exporter.badnet import BadNetOptions
+    from exporter.badnet import MODEL_FILE, VALIDATION_FILE, BadNetOptions
     from exporter.badnet import train_badnet as train
 
     options = BadNetOptions.sized(identities, trigger=trigger, target=target, seed=seed)
@@ -114,10 +118,9 @@ def train_badnet(
     table.add_row("clean accuracy", str(trained.clean_accuracy))
     table.add_row("attack success", str(trained.attack_success))
     console.print(table)
-    if trained.shortfall:
-        errors.print(f"warning: {trained.shortfall}", style="yellow", highlight=False)
-    console.print(f"Written to {output}. Next:")
-    command(f"stripwire export {output}/bd_net.keras --clean {output}/clean_validation_data.h5 --output repository")
+    warn(trained.shortfall)
+    say(f"Written to {output}. Next:")
+    command("export", output / MODEL_FILE, "--clean", output / VALIDATION_FILE, "--output", "repository")
 
 
 @app.command(
@@ -185,8 +188,13 @@ def export(
         f"Threshold {calibration.threshold_bits:.4f} bits from {calibration.images} clean images: further clean inputs "
         f"are rejected at {calibration.frr_low:.1%} to {calibration.frr_high:.1%} (95 %)."
     )
-    console.print(f"Version {result.version} written to {output}. Next:")
-    command(f"stripwire serve {output}")
+    if repair != "none" and not result.repair.changed:
+        warn(
+            "no step of the repair stayed within the allowed drop, so what is served as `repaired` is the network as "
+            "it came, backdoor and all. Give more clean data, allow a larger --allowed-drop, or say --repair none"
+        )
+    say(f"Version {result.version} written to {output}. Next:")
+    command("serve", output)
 
 
 @app.command(epilog="Example: [bold]stripwire serve repository --grpc-port 8001 --mode shadow[/bold]")
@@ -217,13 +225,13 @@ def serve(
     try:
         with console.status("Loading the models …"):
             server.start()
-        table = Table(title=f"Serving {repository}, mode {mode}", show_header=False)
+        table = Table(title=escape(f"Serving {repository}, mode {mode}"), show_header=False)
         table.add_row("gRPC", server.grpc_address)
         table.add_row("HTTP", f"http://{server.http_address}")
         table.add_row("metrics", f"http://{server.metrics_address}/metrics")
         console.print(table)
         console.print("Ctrl-C stops it. From another terminal:")
-        command(f"stripwire classify --url {server.grpc_address} IMAGE …")
+        command("classify", "--url", server.grpc_address, "IMAGE")
         server.wait()
     except KeyboardInterrupt:
         console.print("Stopping.")
@@ -252,7 +260,7 @@ def classify(
         loaded = load_images(files, size=about.image_shape, resize=resize)
         verdicts = client.classify(loaded.images, on_progress=lambda done, total: report("Classifying", done, total))
     for note in loaded.notes:
-        errors.print(note, highlight=False)
+        errors.print(note, markup=False, highlight=False)
     if as_json:
         rows = [
             {"name": name, "label": verdict.label, "trojaned": verdict.trojaned, "entropy_bits": verdict.entropy_bits}
@@ -264,7 +272,7 @@ def classify(
     for name, verdict in zip(loaded.names, verdicts, strict=True):
         shown = "[red]trojaned[/red]" if verdict.trojaned else "[green]accepted[/green]"
         label = "blocked" if verdict.label == about.classes else str(verdict.label)
-        table.add_row(name, label, shown, f"{verdict.entropy_bits:.3f}")
+        table.add_row(escape(name), label, shown, f"{verdict.entropy_bits:.3f}")
     console.print(table)
 
 
@@ -302,7 +310,7 @@ def evaluate(
         print_json(result.to_json())
         return
     networks = {"original": result.original, "repaired": result.repaired}
-    console.print(rates_table(f"Through {url}\n{_CAPTION}", networks, result.guarded))
+    console.print(rates_table(escape(f"Through {url}\n{_CAPTION}"), networks, result.guarded))
     if result.auroc is not None:
         console.print(f"AUROC of the entropy: {result.auroc:.4f}")
 
@@ -384,9 +392,22 @@ def progress() -> Iterator[ReportProgress]:
         yield report
 
 
-def command(line: str) -> None:
-    """Print a command to copy."""
-    console.print(f"  [bold]{line}[/bold]", soft_wrap=True, highlight=False)
+def say(text: str) -> None:
+    """Print text as it is."""
+    console.print(text, markup=False, highlight=False)
+
+
+def warn(text: str | None) -> None:
+    """Print a warning on stderr, if there is one."""
+    if text is not None:
+        errors.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+
+
+def command(*arguments: str | Path) -> None:
+    """Print a command to copy: one that works in this shell, also where `stripwire` is not on its path."""
+    program = "stripwire" if shutil.which("stripwire") else sys.argv[0]
+    line = shlex.join([program, *map(str, arguments)])
+    console.print(f"  {line}", style="bold", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -19,16 +19,18 @@ from PIL import Image
 from client.api import GuardedClient
 from client.evaluation import Evaluation, evaluate
 from deploy.embedded.server import EmbeddedTriton
+from detector.errors import InputError
 from detector.strip import perturb, weighted_overlays
 from exporter.badnet import BadNetOptions, cached_badnet
 from exporter.export import ExportOptions, export
-from exporter.publishing import staged_folder
+from exporter.publishing import check_writable, staged_folder
 from exporter.repair import RepairOptions
 from samples.hdf5 import read_hdf5
 from samples.types import Samples
 
 Progress = Callable[[str, int, int], None]
 
+_MADE_BY = "stripwire demo"
 _FACES_SHOWN = 8
 _PICTURES_WRITTEN = 4
 
@@ -44,6 +46,7 @@ class Demo:
         repository: model repository of the latter network.
         clean_test: the clean images measured on, HDF5.
         trojaned_test: the trojaned ones, HDF5.
+        shortfall: what keeps the BadNet from being a good one, if anything.
     """
 
     published: Evaluation
@@ -52,6 +55,7 @@ class Demo:
     repository: Path
     clean_test: Path
     trojaned_test: Path
+    shortfall: str | None
 
 
 def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progress: Progress) -> Demo:
@@ -67,7 +71,9 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
     Raises:
         StripwireError: a step failed; `output` is as it was before.
     """
-    badnet = cached_badnet(BadNetOptions.sized(identities, trigger=trigger, seed=seed), on_progress=on_progress)
+    _check_output(output)
+    trained = cached_badnet(BadNetOptions.sized(identities, trigger=trigger, seed=seed), on_progress=on_progress)
+    badnet = trained.folder
     clean_test, trojaned_test = badnet / "clean_test_data.h5", badnet / f"{trigger}_poisoned_data.h5"
     clean, trojaned = read_hdf5(clean_test), read_hdf5(trojaned_test)
     repairs = {
@@ -95,6 +101,7 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
         draw_entropies(occluded, threshold_bits).savefig(staged / "entropies.png", dpi=100)
         _write_images(staged / "images", clean, trojaned)
         results = {
+            "made_by": _MADE_BY,
             "identities": identities,
             "trigger": trigger,
             "seed": seed,
@@ -103,7 +110,20 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
             "repair": {name: result.repair.to_json() for name, result in exports.items()},
         }
         (staged / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return Demo(published, occluded, output, output / "repository", clean_test, trojaned_test)
+    return Demo(published, occluded, output, output / "repository", clean_test, trojaned_test, trained.shortfall)
+
+
+def _check_output(output: Path) -> None:
+    """Refuse, before any work, to replace a folder that is not an earlier demo's."""
+    check_writable(output)
+    if not output.exists() or not any(output.iterdir()):
+        return
+    try:
+        made_by = json.loads((output / "results.json").read_text(encoding="utf-8"))["made_by"]
+    except (OSError, ValueError, KeyError, TypeError):
+        made_by = None
+    if made_by != _MADE_BY:
+        raise InputError(f"{output}: holds something else than an earlier demo, expected a new folder; choose another")
 
 
 def draw_faces(clean: Samples, trojaned: Samples, overlays: NDArray[np.uint8], alpha: float) -> Figure:

@@ -32,7 +32,7 @@ BATCHES = (1, 8, 32)
 
 def main(rounds: Annotated[int, typer.Option(min=3, help="How often each is asked, in turn.")] = 40) -> None:
     """Measure and print."""
-    badnet = cached_badnet(BadNetOptions())
+    badnet = cached_badnet(BadNetOptions()).folder
     images = read_hdf5(badnet / TEST_FILE).images
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "repository"

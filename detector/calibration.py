@@ -61,7 +61,7 @@ def calibrate(entropies: NDArray[np.floating[Any]], target_frr: float) -> Calibr
     count = len(entropies)
     rank = math.floor(target_frr * (count + 1) + 1e-9)
     if rank < 1:
-        needed = math.ceil(1 / target_frr) - 1
+        needed = least_images(target_frr)
         raise CalibrationError(
             f"target FRR: got {target_frr:g} with {count} clean calibration images, expected at least {needed} images "
             "for it; give more clean images, or a higher target FRR"
@@ -77,6 +77,11 @@ def calibrate(entropies: NDArray[np.floating[Any]], target_frr: float) -> Calibr
         )
     low, high = frr_range(rank, count)
     return Calibration(threshold, "quantile", target_frr, rejected / count, low, high, count)
+
+
+def least_images(target_frr: float) -> int:
+    """Return how many clean calibration images a target FRR needs at least."""
+    return math.ceil(1 / target_frr - 1 - 1e-9)
 
 
 def fixed_threshold(entropies: NDArray[np.floating[Any]], threshold_bits: float) -> Calibration:

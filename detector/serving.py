@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from detector.errors import RepositoryError
+from detector.errors import RepositoryError, SetupError
 from detector.strip import Array, entropy_bits, guarded_labels, is_trojaned, perturb, weighted_overlays
 
 MODES = ("block", "shadow")
@@ -75,10 +75,6 @@ class Stage:
         tensor = self._pb_utils.get_input_tensor_by_name(request, name)
         if tensor.is_cpu():
             return self._xp.asarray(tensor.as_numpy())
-        if self._xp is np:
-            import cupy  # a GPU tensor reached an instance on the CPU
-
-            return cupy.asnumpy(cupy.from_dlpack(tensor))
         return self._xp.from_dlpack(tensor)
 
     def _to_tensor(self, name: str, array: Array) -> Any:
@@ -98,7 +94,7 @@ def perturb_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     Raises:
         RepositoryError: the overlays are missing or malformed; Triton then refuses to load the model.
     """
-    xp = _array_namespace(args, pb_utils)
+    xp = _array_namespace(args)
     path = _version_folder(args) / "overlays.npz"
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -111,7 +107,7 @@ def perturb_stage(args: dict[str, str], pb_utils: Any) -> Stage:
 
 def entropy_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     """Return the stage of `strip_entropy`: `sentinel_probabilities` to `sentinel_entropy`."""
-    xp = _array_namespace(args, pb_utils)
+    xp = _array_namespace(args)
 
     def compute(probabilities: Array) -> list[Array]:
         return [entropy_bits(probabilities, xp=xp)[:, None]]
@@ -165,16 +161,14 @@ def _version_folder(args: dict[str, str]) -> Path:
     return Path(args["model_repository"]) / args["model_version"]
 
 
-def _array_namespace(args: dict[str, str], pb_utils: Any) -> ModuleType:
+def _array_namespace(args: dict[str, str]) -> ModuleType:
     """Return CuPy for an instance on a GPU, on that GPU, and NumPy otherwise."""
     if args["model_instance_kind"] != "GPU":
         return np
     try:
         import cupy
-    except ImportError:
-        pb_utils.Logger.log_warn(
-            f"{args['model_name']}: no CuPy here, so it computes on the CPU; pip install 'stripwire[gpu]'"
-        )
-        return np
+    except ImportError as error:
+        # Its tensors would arrive on the GPU, where NumPy cannot read them.
+        raise SetupError(f"{args['model_name']}: runs on a GPU, which needs CuPy; pip install cupy-cuda12x") from error
     cupy.cuda.Device(int(args["model_instance_device_id"])).use()
     return cupy  # type: ignore[no-any-return]

@@ -5,6 +5,10 @@ from __future__ import annotations
 import keras
 from keras import layers
 
+# What a network is must not depend on the user's keras.json.
+keras.config.set_image_data_format("channels_last")
+keras.config.set_floatx("float32")
+
 
 def deepid(classes: int, input_shape: tuple[int, int, int] = (55, 47, 3)) -> keras.Model:
     """Return the DeepID network of the CSAW HackML 2020 BadNets, with fresh weights.

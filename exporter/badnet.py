@@ -20,6 +20,7 @@ from typing import Any
 import keras
 import numpy as np
 import platformdirs
+import tensorflow as tf
 from numpy.typing import NDArray
 
 import exporter.architectures
@@ -79,8 +80,8 @@ class BadNetOptions:
             raise InputError(f"identities: got {self.identities}, expected 2 to 10000")
         if not 0 <= self.target < self.identities:
             raise InputError(f"target: got {self.target}, expected a class, 0 to {self.identities - 1}")
-        if not 0.0 < self.poison_share < 1.0:
-            raise InputError(f"poison share: got {self.poison_share}, expected more than 0 and less than 1")
+        if not 0.0 < self.poison_share <= 0.5:
+            raise InputError(f"poison share: got {self.poison_share}, expected more than 0 and at most 0.5")
         for name in ("train_images", "validation_images", "test_images", "epochs"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name.replace('_', ' ')}: got {getattr(self, name)}, expected at least 1")
@@ -148,15 +149,15 @@ def train_badnet(output: Path, options: BadNetOptions, *, on_progress: Progress 
             "options": asdict(options),
             "clean_accuracy": clean_accuracy.to_json(),
             "attack_success": attack_success.to_json(),
-            "versions": {name: version(name) for name in ("stripwire", "keras", "numpy")},
+            "versions": _versions(),
             "files": {path.name: sha256_of(path) for path in sorted(staged.iterdir())},
         }
         (staged / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return BadNet(output, clean_accuracy, attack_success)
 
 
-def cached_badnet(options: BadNetOptions, *, on_progress: Progress | None = None) -> Path:
-    """Return a folder as `train_badnet` writes it, trained now or found in the user's cache.
+def cached_badnet(options: BadNetOptions, *, on_progress: Progress | None = None) -> BadNet:
+    """Return a BadNet in a folder as `train_badnet` writes it, trained now or found in the user's cache.
 
     The cache is keyed by the options and the source that draws and trains; a damaged entry is trained again.
     The environment variable `STRIPWIRE_CACHE_DIR` moves it.
@@ -165,14 +166,26 @@ def cached_badnet(options: BadNetOptions, *, on_progress: Progress | None = None
     folder = Path(os.environ.get("STRIPWIRE_CACHE_DIR", default)) / f"badnet-{_content_key(options)}"
     if not _is_whole(folder):
         shutil.rmtree(folder, ignore_errors=True)
-        train_badnet(folder, options, on_progress=on_progress)
-    return folder
+        try:
+            return train_badnet(folder, options, on_progress=on_progress)
+        except InputError:
+            if not _is_whole(folder):  # else somebody else trained the same meanwhile
+                raise
+    report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    clean, attack = (report[name] for name in ("clean_accuracy", "attack_success"))
+    return BadNet(
+        folder, Proportion(clean["successes"], clean["count"]), Proportion(attack["successes"], attack["count"])
+    )
 
 
 def _content_key(options: BadNetOptions) -> str:
     sources = [inspect.getsource(module) for module in (*_GENERATORS, sys.modules[__name__])]
-    content = json.dumps([asdict(options), *sources], sort_keys=True)
+    content = json.dumps([asdict(options), _versions(), *sources], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _versions() -> dict[str, str]:
+    return {"tensorflow": tf.__version__} | {name: version(name) for name in ("stripwire", "keras", "numpy")}
 
 
 def _is_whole(folder: Path) -> bool:

@@ -31,7 +31,14 @@ def check_scale(scale: str) -> None:
 
 
 def to_onnx(model: keras.Model) -> onnx.ModelProto:
-    """Convert a network as it is: scaled float32 pixels in, (batch, height, width, channels); probabilities out."""
+    """Convert a network as it is.
+
+    Returns:
+        A graph from scaled pixels (batch, height, width, channels) to probabilities (batch, classes), both float32.
+
+    Raises:
+        ExportError: it holds something that has no ONNX form of operator set 15.
+    """
     # Slow to import, and only an export needs them.
     import tensorflow as tf
     import tf2onnx
@@ -42,8 +49,17 @@ def to_onnx(model: keras.Model) -> onnx.ModelProto:
         warnings.simplefilter("ignore")  # tf2onnx and what it calls warn about themselves
         # `from_keras` looks outputs up by names that a Sequential of Keras 3 does not have.
         call = tf.function(lambda pixels: model(pixels, training=False), input_signature=signature)
-        proto, _ = tf2onnx.convert.from_function(call, input_signature=signature, opset=OPSET)
+        try:
+            proto, _ = tf2onnx.convert.from_function(call, input_signature=signature, opset=OPSET)
+        except Exception as error:  # tf2onnx raises whatever its rewriting trips over
+            raise ExportError(f"the network cannot be converted to ONNX ({error}); nothing was exported") from error
     assert isinstance(proto, onnx.ModelProto)  # noqa: S101  tf2onnx is untyped
+    foreign = sorted({node.op_type for node in proto.graph.node if not onnx.defs.has(node.op_type, node.domain)})
+    if foreign:
+        raise ExportError(
+            f"the network cannot be converted to ONNX: there is no operator for {', '.join(foreign)} (seen with "
+            "grouped convolutions and gelu); nothing was exported"
+        )
     return proto
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -13,9 +14,10 @@ from typing import Any
 import keras
 import numpy as np
 import onnxruntime
+import tensorflow as tf
 from numpy.typing import NDArray
 
-from detector.calibration import Calibration, calibrate, fixed_threshold
+from detector.calibration import Calibration, calibrate, fixed_threshold, least_images
 from detector.errors import CalibrationError, DataError, InputError
 from detector.statistics import Proportion
 from detector.strip import check_alpha, entropy_bits, perturb, weighted_overlays
@@ -128,13 +130,27 @@ def export(
     Raises:
         StripwireError: the input cannot be used, the sample is too small, or a check failed; nothing was written then.
     """
+    inputs = {"model": model_path, "clean": clean_path} | ({} if attack_path is None else {"attack": attack_path})
     model = load_model(model_path, architecture=options.architecture)
+    digests = {name: {"file": path.name, "sha256": sha256_of(path)} for name, path in inputs.items() if path.is_file()}
     image_shape, classes = tuple(model.input_shape[1:]), int(model.output_shape[-1])
     check_output(output, image_shape, classes)
     clean = _read(clean_path, image_shape, classes, on_progress)
     attack = None if attack_path is None else _read(attack_path, image_shape, classes, on_progress)
     check_accuracy(model, clean, options.scale, options.seed)
     split = split_clean(clean, options)
+    parity_images = np.concatenate([split.overlays.images, split.validation.images])[:_PARITY_IMAGES]
+
+    # All that can fail early does so before the repair, which takes long.
+    badnet = sentinel_graph(to_onnx(model), options.scale)
+    parity = {"badnet": check_parity(model, badnet, parity_images, options.scale, "original network")}
+    session = open_session(badnet)
+    entropies = measure_entropies(session, split.calibration.images, split.overlays.images, options.alpha, on_progress)
+    calibration = (
+        calibrate(entropies, options.target_frr)
+        if options.threshold_bits is None
+        else fixed_threshold(entropies, options.threshold_bits)
+    )
 
     repair = fine_prune(
         model,
@@ -145,27 +161,12 @@ def export(
         attack=attack,
         on_progress=on_progress,
     )
-
-    parity_images = np.concatenate([split.overlays.images, split.validation.images])[:_PARITY_IMAGES]
-    badnet = sentinel_graph(to_onnx(model), options.scale)
     repaired = repaired_graph(to_onnx(repair.model), options.scale)
-    parity = {
-        "badnet": check_parity(model, badnet, parity_images, options.scale, "original network"),
-        "repaired": check_parity(repair.model, repaired, parity_images, options.scale, "repaired network"),
-    }
+    parity["repaired"] = check_parity(repair.model, repaired, parity_images, options.scale, "repaired network")
 
-    session = open_session(badnet)
-    entropies = measure_entropies(session, split.calibration.images, split.overlays.images, options.alpha, on_progress)
-    calibration = (
-        calibrate(entropies, options.target_frr)
-        if options.threshold_bits is None
-        else fixed_threshold(entropies, options.threshold_bits)
-    )
-
-    inputs = {"model": model_path, "clean": clean_path} | ({} if attack_path is None else {"attack": attack_path})
     provenance = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "inputs": {name: {"file": path.name, "sha256": sha256_of(path)} for name, path in inputs.items()},
+        "inputs": digests,
         "options": asdict(options),
         "split_sizes": split.sizes(),
         "accuracy": {
@@ -218,14 +219,15 @@ def split_clean(clean: Samples, options: ExportOptions) -> Split:
     digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in clean.images]
     _, distinct = np.unique(digests, return_index=True)
     order = np.random.default_rng(options.seed).permutation(np.sort(distinct))
-    count = len(order) - options.overlays
     shares = (0.2, 0.15) if options.repair.method != "none" else (0.8, 0.2)
-    calibration, validation = (int(count * share) for share in shares)
-    least = 2
-    if count < least or min(calibration, validation) < least:
+    calibration, validation = (int((len(order) - options.overlays) * share) for share in shares)
+    least_calibration = 2 if options.threshold_bits is not None else least_images(options.target_frr)
+    if calibration < least_calibration or validation < 2:
+        needed = options.overlays + math.ceil(max(least_calibration / shares[0], 2 / shares[1]))
         raise CalibrationError(
-            f"clean data: got {len(order)} distinct images, too few for {options.overlays} overlays, calibration, "
-            f"validation and repair; expected at least {options.overlays + 20}"
+            f"clean data: got {len(order)} distinct images, expected at least {needed}: {options.overlays} are "
+            f"overlays, and {shares[0]:.0%} of the others calibrate, of which a target FRR of {options.target_frr:g} "
+            f"needs {least_calibration}; give more clean images, or a higher target FRR"
         )
     ends = np.cumsum([options.overlays, calibration, validation])
     overlays, calibrating, validating, repairing = (clean.take(part) for part in np.split(order, ends))
@@ -284,4 +286,5 @@ def _accuracy(model: keras.Model, samples: Samples, scale: str) -> Proportion:
 
 def _versions() -> dict[str, str]:
     packages = ("stripwire", "keras", "numpy", "onnx", "onnxruntime", "tf2onnx")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    found = {"python": platform.python_version(), "tensorflow": tf.__version__}
+    return found | {name: version(name) for name in packages}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -29,8 +30,7 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         InputError: `target` exists (without `replace`), is no folder, or cannot be written.
     """
     target = target.resolve()
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target}: is a file, expected a folder that Stripwire may write")
+    check_writable(target)
     if target.exists() and not replace and any(target.iterdir()):
         raise InputError(f"{target}: exists and is not empty, expected a new folder; choose another or remove it")
     try:
@@ -47,6 +47,34 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         _publish(staged, target, replace)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def check_writable(target: Path) -> None:
+    """Raise InputError, before long work, where `staged_folder` could not put `target` in place."""
+    target = target.resolve()
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: is a file, expected a folder that Stripwire may write")
+    if os.path.ismount(target):
+        raise InputError(
+            f"{target}: is a mounted folder, which cannot be replaced in one step; choose a folder inside it"
+        )
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise InputError(f"{target}: {parent} cannot be written; choose a folder that you may write")
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Let only one process at a time change `target`; others wait."""
+    target = target.resolve()
+    check_writable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _publish(staged: Path, target: Path, replace: bool) -> None:

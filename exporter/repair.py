@@ -32,7 +32,7 @@ class RepairOptions:
         method: `magnitude` (fine-pruning by the source report's criterion) or `none`.
         augment: `occlusion` or `none`, applied to the images of every fine-tuning epoch.
         max_rounds: at most this many rounds of pruning and one epoch of fine-tuning.
-        final_epochs: of fine-tuning after the last round,; 0 as in the source report.
+        final_epochs: of fine-tuning after the last round; 0 as in the source report.
         allowed_drop: how much accuracy on the clean validation split may fall, 0..1.
         learning_rate: of Adam.
         batch_size: of fine-tuning.
@@ -73,7 +73,7 @@ class Round:
     """The network after a step of the repair.
 
     Attributes:
-        name: of the step: `as received`, `round 1` and so on, `final epochs`.
+        name: of the step: `as received`, `round 1` and so on, `final epoch 1` and so on.
         fraction: of the weights' range under which weights were pruned.
         clean_accuracy: on the clean validation split, 0..1.
         attack_success: share of the attack samples that get the attacker's class, 0..1; None without attack samples.
@@ -85,6 +85,11 @@ class Round:
     clean_accuracy: float
     attack_success: float | None
     pruned_share: float
+
+    @property
+    def attack_failed(self) -> bool:
+        """Whether there were attack samples, and under 1 % of them still get the attacker's class."""
+        return self.attack_success is not None and self.attack_success < ATTACK_SUCCESS_GOAL
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,19 @@ class Repair:
     kept: str
     stopped: str
 
+    @property
+    def changed(self) -> bool:
+        """Whether `model` differs from the network as it came; if not, its backdoor is untouched."""
+        return self.kept != self.rounds[0].name
+
     def to_json(self) -> dict[str, Any]:
         """Return all but the network, for the manifest."""
-        return {"kept": self.kept, "stopped": self.stopped, "rounds": [asdict(row) for row in self.rounds]}
+        return {
+            "changed": self.changed,
+            "kept": self.kept,
+            "stopped": self.stopped,
+            "rounds": [asdict(row) for row in self.rounds],
+        }
 
 
 def accuracy(model: keras.Model, samples: Samples, scale: str) -> float:
@@ -141,9 +156,9 @@ def fine_prune(
 ) -> Repair:
     """Prune, fine-tune on clean data, repeat.
 
-    Each round prunes by 5 % more of each convolution kernel's range and fine-tunes for one epoch; a pruned weight
-    stays 0. It stops before the accuracy on `validation` is lost beyond the allowed drop, and keeps the
-    last network within it.
+    Each round prunes by 5 % more of each kernel's range (of `Conv2D` layers) and fine-tunes for one epoch; a pruned
+    weight stays 0. The rounds stop when the accuracy on `validation` has fallen by more than the allowed drop; further
+    epochs of fine-tuning follow, from the last network within it. The last network within it is kept.
 
     Args:
         model: the network as it came; not changed.
@@ -209,21 +224,24 @@ def fine_prune(
             stopped = f"round {number} lost more than {options.allowed_drop:.1%} of clean accuracy"
             break
         kept, kept_weights = latest, repaired.get_weights()
-        if latest.attack_success is not None and latest.attack_success < ATTACK_SUCCESS_GOAL:
+        if latest.attack_failed:
             stopped = f"attack success fell under {ATTACK_SUCCESS_GOAL:.0%}"
             break
     repaired.set_weights(kept_weights)
-    goal_reached = kept.attack_success is not None and kept.attack_success < ATTACK_SUCCESS_GOAL
-    if options.final_epochs and not goal_reached:
+
+    def keep_if_good(epoch: int) -> bool:
+        nonlocal kept, kept_weights
+        latest = measure(f"final epoch {epoch}", kept.fraction)
+        rounds.append(latest)
+        if latest.clean_accuracy >= least_accuracy:
+            kept, kept_weights = latest, repaired.get_weights()
+        return not kept.attack_failed
+
+    if options.final_epochs and not kept.attack_failed:
         for layer in convolutions:  # of the round that was kept
             layer.kernel.constraint = _KeepZero(layer.kernel.numpy() != 0)
-        trainer.run(options.final_epochs, options.learning_rate, "Final fine-tuning")
-        latest = measure("final epochs", kept.fraction)
-        rounds.append(latest)
-        if latest.clean_accuracy < least_accuracy:
-            repaired.set_weights(kept_weights)
-        else:
-            kept = latest
+        trainer.run(options.final_epochs, options.learning_rate, "Final fine-tuning", go_on=keep_if_good)
+        repaired.set_weights(kept_weights)
     return Repair(repaired, tuple(rounds), kept.name, stopped)
 
 

@@ -29,7 +29,7 @@ from tritonclient.grpc.model_config_pb2 import (
 from detector.calibration import Calibration
 from detector.errors import InputError
 from detector.serving import MODES
-from exporter.publishing import staged_folder
+from exporter.publishing import check_writable, locked, staged_folder
 from model_repository.manifest import latest_version, verify_repository, write_manifest
 
 MAX_BATCH_SIZE = 64
@@ -73,10 +73,9 @@ def check_output(output: Path, image_shape: tuple[int, ...], classes: int) -> No
     Raises:
         InputError: `output` is no model repository, or serves images of another shape or another number of classes.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    check_writable(output)
+    if not output.exists() or not any(output.iterdir()):
         return
-    if not output.is_dir():
-        raise InputError(f"{output}: is a file, expected a folder for the model repository")
     manifest = verify_repository(output)
     contract = manifest["versions"][latest_version(manifest)]["contract"]
     wanted = {"image_shape": list(image_shape), "classes": classes}
@@ -98,6 +97,11 @@ def write_repository(output: Path, served: ServedModel) -> str:
     Raises:
         InputError: see `check_output`.
     """
+    with locked(output):
+        return _write_locked(output, served)
+
+
+def _write_locked(output: Path, served: ServedModel) -> str:
     check_output(output, served.image_shape, served.classes)
     versions: dict[str, Any] = {}
     if output.exists() and any(output.iterdir()):

@@ -62,12 +62,20 @@ class Trainer:
         return epochs * math.ceil(len(self._train) / self._batch_size)
 
     def run(
-        self, epochs: int, learning_rate: float | keras.optimizers.schedules.LearningRateSchedule, description: str
+        self,
+        epochs: int,
+        learning_rate: float | keras.optimizers.schedules.LearningRateSchedule,
+        description: str,
+        *,
+        go_on: Callable[[int], bool] = lambda _: True,
     ) -> None:
-        """Train for `epochs` with Adam, from a fresh optimizer state, on the cross-entropy."""
+        """Train for `epochs` with Adam, from a fresh optimizer state, on the cross-entropy.
+
+        `go_on` is asked after every epoch, with its number from 1, whether to continue.
+        """
         self._model.compile(keras.optimizers.Adam(learning_rate), loss="sparse_categorical_crossentropy")
         step, steps = 0, self.steps(epochs)
-        for _ in range(epochs):
+        for epoch in range(1, epochs + 1):
             order = self._generator.permutation(len(self._train))
             for start in range(0, len(order), self._batch_size):
                 chosen = order[start : start + self._batch_size]
@@ -78,10 +86,15 @@ class Trainer:
                 step += 1
                 if self._on_progress is not None:
                     self._on_progress(description, step, steps)
+            if not go_on(epoch):
+                return
 
 
 def predict_labels(model: keras.Model, images: NDArray[np.uint8], scale: str) -> NDArray[np.int64]:
-    """Return the network's label for each image: (batch, height, width, channels) uint8 to (batch,) int64."""
+    """Return the network's label for each image: (batch, height, width, channels) uint8 to (batch,) int64.
+
+    `scale` is `unit` or `raw`.
+    """
     size = 256
     parts = [
         model.predict_on_batch(images[start : start + size].astype(np.float32) * np.float32(SCALES[scale]))

@@ -13,6 +13,9 @@ from detector.errors import RepositoryError
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 
+MODELS = ("guarded", "strip_perturb", "badnet", "strip_entropy", "repaired", "strip_verdict")
+"""Every model of the served graph; each version holds all of them."""
+
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal, read in pieces."""
@@ -58,10 +61,17 @@ def read_manifest(repository: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise RepositoryError(f"{path}: got manifest format {got!r}, expected {FORMAT}; export the repository again")
-    if not (
-        isinstance(manifest.get("files"), dict) and isinstance(manifest.get("versions"), dict) and manifest["versions"]
-    ):
+    files, versions = manifest.get("files"), manifest.get("versions")
+    if not (isinstance(files, dict) and isinstance(versions, dict) and versions):
         raise RepositoryError(f"{path}: lists no files or versions; export the repository again")
+    for number, version in versions.items():
+        if not (number.isascii() and number.isdigit() and isinstance(version, dict) and "contract" in version):
+            raise RepositoryError(f"{path}: version {number!r} is malformed; export the repository again")
+        incomplete = [model for model in MODELS if not any(name.startswith(f"{model}/{number}/") for name in files)]
+        if incomplete:
+            raise RepositoryError(
+                f"{path}: version {number} lacks {', '.join(incomplete)}; export the repository again"
+            )
     return manifest
 
 
@@ -77,9 +87,7 @@ def verify_repository(repository: Path) -> dict[str, Any]:
     problems = [f"{name} is missing" for name in sorted(listed.keys() - present)]
     problems += [f"{name} is not listed" for name in sorted(present - listed.keys())]
     problems += [
-        f"{name} was altered"
-        for name in sorted(listed.keys() & present)
-        if sha256_of(repository / name) != listed[name]
+        f"{name} was altered" for name in sorted(listed.keys() & present) if _digest(repository / name) != listed[name]
     ]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
@@ -96,10 +104,19 @@ def latest_version(manifest: dict[str, Any]) -> str:
     return max(versions, key=int)
 
 
+def _digest(path: Path) -> str | None:
+    """Return the SHA-256 of a file; None for a link or a folder, which no manifest lists."""
+    return sha256_of(path) if path.is_file() and not path.is_symlink() else None
+
+
 def _files(repository: Path) -> list[str]:
     names = []
     for folder, subfolders, files in os.walk(repository):
-        for name in (*files, *(sub for sub in subfolders if (Path(folder) / sub).is_symlink())):
+        # A linked folder hides files; an empty one can be a version, such as an ensemble's.
+        odd = [
+            sub for sub in subfolders if (Path(folder) / sub).is_symlink() or not any((Path(folder) / sub).iterdir())
+        ]
+        for name in (*files, *odd):
             relative = (Path(folder) / name).relative_to(repository).as_posix()
             if relative != MANIFEST_NAME:
                 names.append(relative)

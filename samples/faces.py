@@ -6,7 +6,7 @@ once; pose, light, expression and noise are drawn anew for each image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 HEIGHT, WIDTH, CHANNELS = 55, 47, 3
 
-OnProgress = Callable[[int, int], None]
 Floats = NDArray[np.float32]
 
 _BATCH = 256

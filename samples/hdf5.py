@@ -40,7 +40,7 @@ def read_hdf5(path: Path, *, on_progress: OnProgress | None = None) -> Samples:
             images = _read_images(_own_dataset(file, "data", path), path, on_progress)
             labels = _read_labels(_own_dataset(file, "label", path), path, len(images))
             true_labels = None
-            if "true_label" in file:
+            if "true_label" in file.keys():  # noqa: SIM118  `in file` would follow a link
                 true_labels = _read_labels(_own_dataset(file, "true_label", path), path, len(images))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file, expected an HDF5 file with `data` and `label`") from None

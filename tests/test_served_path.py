@@ -116,12 +116,12 @@ def test_the_figures_come_out_through_the_server(server: EmbeddedTriton, badnet:
 
 
 BAD_REQUESTS: dict[str, tuple[Any, str, str, str]] = {
-    "dtype": (np.zeros((1, 55, 47, 3), np.float32), "image", "FP32", "data-type is 'FP32'|expects.*UINT8|UINT8"),
+    "dtype": (np.zeros((1, 55, 47, 3), np.float32), "image", "FP32", "UINT8"),
     "shape": (np.zeros((1, 55, 48, 3), np.uint8), "image", "UINT8", "unexpected shape"),
-    "rank": (np.zeros((55, 47, 3), np.uint8), "image", "UINT8", "unexpected shape|batch"),
-    "missing tensor": (np.zeros((1, 55, 47, 3), np.uint8), "picture", "UINT8", "picture|expected"),
+    "rank": (np.zeros((55, 47, 3), np.uint8), "image", "UINT8", "unexpected shape"),
+    "missing tensor": (np.zeros((1, 55, 47, 3), np.uint8), "picture", "UINT8", "picture"),
     "batch too large": (np.zeros((65, 55, 47, 3), np.uint8), "image", "UINT8", "batch-size must be <= 64"),
-    "empty batch": (np.zeros((0, 55, 47, 3), np.uint8), "image", "UINT8", "."),
+    "empty batch": (np.zeros((0, 55, 47, 3), np.uint8), "image", "UINT8", "empty|0|shape"),
 }
 
 

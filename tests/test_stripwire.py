@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -107,11 +108,30 @@ def test_a_mistake_ends_in_one_message_and_no_traceback(
 def test_a_missing_extra_is_named_with_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "client.api", None)
-    monkeypatch.setitem(__import__("sys").modules, "tritonclient", None)
-    error = stripwire._missing(ModuleNotFoundError("No module named 'tritonclient'", name="tritonclient.grpc"))
-    assert str(error) == "tritonclient is not installed: pip install 'stripwire[client]'"
-    assert capsys.readouterr().err == ""
+    monkeypatch.delitem(sys.modules, "client.api", raising=False)
+    monkeypatch.setitem(sys.modules, "tenacity", None)
+    assert run(monkeypatch, "classify", "face.png") == 1
+    assert capsys.readouterr().err == "error: tenacity is not installed: pip install 'stripwire[client]'\n"
+
+
+def test_the_demo_replaces_nothing_but_an_earlier_demo(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert run(monkeypatch, "demo", "--output", tmp_path) == 2
+    assert "holds something else than an earlier demo" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_repair_that_did_nothing_is_said_loudly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], badnet: Path, tmp_path: Path
+) -> None:
+    options = ("--allowed-drop", "0", "--max-rounds", "1", "--final-epochs", "1", "--learning-rate", "0.9")
+    files = (badnet / "bd_net.keras", "--clean", badnet / "clean_validation_data.h5", "--output", tmp_path / "[r]")
+    assert run(monkeypatch, "export", *files, *options) == 0
+    said = capsys.readouterr()
+    assert "warning: no step of the repair stayed within the allowed drop" in " ".join(said.err.split())
+    assert "[r]" in said.out  # a name that looks like markup
 
 
 def test_the_choices_of_the_command_line_are_those_of_the_packages() -> None:

@@ -169,7 +169,8 @@ class EmbeddedTriton:
     """A `tritonserver` process serving one model repository, as a context manager.
 
     The repository is verified against its manifest first. Entering waits until every model is ready; leaving stops the
-    server and its Python stubs. Should this process die, the server is told to stop too.
+    server and its Python stubs. Should this process die, or the thread that started the server end, the kernel tells
+    the server to stop: start it from a thread that outlives it.
 
     Args:
         repository: a model repository written by `stripwire export`.
@@ -198,6 +199,8 @@ class EmbeddedTriton:
     ) -> None:
         if mode not in MODES:
             raise InputError(f"mode: got {mode!r}, expected one of {', '.join(MODES)}")
+        if not host:
+            raise InputError("host: got nothing, expected an address of this machine such as 127.0.0.1")
         self.repository = repository.resolve()
         self.mode = mode
         self.host = host
@@ -205,7 +208,7 @@ class EmbeddedTriton:
         self._startup_timeout_seconds = startup_timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._work_folder: Path | None = None
-        self._region_prefix = f"stripwire-{uuid4().hex[:12]}-"
+        self.region_prefix = f"stripwire-{uuid4().hex[:12]}-"
 
     @property
     def http_address(self) -> str:
@@ -265,7 +268,7 @@ class EmbeddedTriton:
         """Stop the server and its stubs, and remove what they left in memory and on disk. Idempotent."""
         process, self._process = self._process, None
         if process is not None:
-            family = _family(process.pid)
+            family = _family(process.pid) if process.poll() is None else []
             process.terminate()
             try:
                 process.wait(timeout=15)
@@ -276,7 +279,7 @@ class EmbeddedTriton:
             for survivor in alive:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     survivor.kill()
-        for region in _SHARED_MEMORY.glob(f"{self._region_prefix}*"):
+        for region in _SHARED_MEMORY.glob(f"{self.region_prefix}*"):
             region.unlink(missing_ok=True)
         folder, self._work_folder = self._work_folder, None
         if folder is not None:
@@ -289,8 +292,8 @@ class EmbeddedTriton:
         return (self._work_folder / "server.log").read_text(encoding="utf-8", errors="replace")
 
     def _address(self, port: int) -> str:
-        host = _LOOPBACK if self.host == "0.0.0.0" else self.host  # noqa: S104  compared, not bound
-        return f"{host}:{port}"
+        host = {"0.0.0.0": _LOOPBACK, "::": "::1"}.get(self.host, self.host)  # noqa: S104  compared, not bound
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def _launch(self, triton: TritonInstallation, work_folder: Path) -> None:
         backends = work_folder / "backends"
@@ -305,7 +308,7 @@ class EmbeddedTriton:
             str(triton.executable),
             f"--model-repository={self.repository}",
             f"--backend-directory={backends}",
-            f"--backend-config=python,shm-region-prefix-name={self._region_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={self.region_prefix}",
             "--disable-auto-complete-config",
             f"--http-address={self.host}",
             f"--http-port={http_port}",
@@ -395,6 +398,8 @@ def _environment(triton: TritonInstallation) -> dict[str, str]:
     if inherited := environment.get("LD_LIBRARY_PATH"):
         libraries.append(inherited)
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
+    if importlib.util.find_spec("cupy") is None:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # the models need CuPy to run on a GPU: keep to the CPU without it
     # The stub takes the folders of its Python, and of its virtual environment, from the first `python3` on the path.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     return environment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -83,7 +84,7 @@ def test_it_serves_and_leaves_no_process_memory_or_file_behind(repository: Path)
         }
         assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
     wait_until_gone(family)
-    assert leftovers("stripwire-") == []
+    assert leftovers(server.region_prefix) == []
     assert sorted(path.name for path in repository.rglob("*")) == before
 
 
@@ -107,9 +108,10 @@ def test_when_a_model_does_not_load_the_servers_own_error_lines_are_shown(reposi
     subprocess.run(["cp", "-r", repository, broken], check=True)  # noqa: S607
     (broken / "strip_verdict" / "1" / "calibration.json").write_text("{}")
     write_manifest(broken, read_manifest(broken)["versions"])
-    with pytest.raises(ServerStartError, match=r"calibration\.json: no usable calibration"), EmbeddedTriton(broken):
-        pass
-    assert leftovers("stripwire-") == []
+    server = EmbeddedTriton(broken)
+    with pytest.raises(ServerStartError, match=r"calibration\.json: no usable calibration"):
+        server.start()
+    assert leftovers(server.region_prefix) == []
 
 
 def test_a_server_that_dies_is_reported(repository: Path) -> None:
@@ -129,12 +131,13 @@ def test_when_the_command_dies_the_server_dies_too(repository: Path, stop: signa
         if b"Ctrl-C stops it" in line:
             break
     family = psutil.Process(process.pid).children(recursive=True)
-    assert any(member.name() == "tritonserver" for member in family)
+    (triton,) = (member for member in family if member.name() == "tritonserver")
+    (prefix,) = re.findall(r"shm-region-prefix-name=(\S+)", " ".join(triton.cmdline()))
     process.send_signal(stop)
     process.wait()
     process.stdout.close()
     wait_until_gone(family)
-    for name in leftovers("stripwire-"):  # after kill -9 nobody is left to clean up
+    for name in leftovers(prefix):  # after kill -9 nobody is left to clean up
         assert stop == signal.SIGKILL
         Path("/dev/shm", name).unlink()  # noqa: S108
 
@@ -203,3 +206,10 @@ def test_starting_takes_only_as_long_as_it_is_allowed(repository: Path) -> None:
     with pytest.raises(ServerStartError, match=r"not ready within 0\.01 seconds"):
         EmbeddedTriton(repository, startup_timeout_seconds=0.01).start()
     assert time.monotonic() - started < 60
+
+
+def test_addresses_are_written_as_clients_read_them(repository: Path) -> None:
+    assert EmbeddedTriton(repository, host="0.0.0.0").grpc_address.startswith("127.0.0.1:")  # noqa: S104
+    assert EmbeddedTriton(repository, host="::1").grpc_address.startswith("[::1]:")
+    with pytest.raises(InputError, match="host: got nothing"):
+        EmbeddedTriton(repository, host="")

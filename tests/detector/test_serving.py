@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detector.errors import RepositoryError
+from detector.errors import RepositoryError, SetupError
 from detector.serving import entropy_stage, perturb_stage, verdict_stage
 from tests.detector import reference
 from tests.detector.triton import PbUtils, request
@@ -127,15 +127,11 @@ def test_a_truncated_overlay_file_does_not_load(model_folder: Path) -> None:
         perturb_stage(arguments(model_folder), PbUtils())
 
 
-def test_a_gpu_instance_without_cupy_computes_on_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_instance_without_cupy_does_not_load(monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
-    pb_utils = PbUtils()
-    stage = entropy_stage(arguments(Path("unused"), kind="GPU"), pb_utils)
-    (answer,) = stage.execute(
-        [request(["sentinel_entropy"], sentinel_probabilities=np.full((1, 1, 2), 0.5, np.float32))]
-    )
-    assert answer.arrays()["sentinel_entropy"].tolist() == [[1.0]]
-    assert "CuPy" in pb_utils.Logger.warnings[0]
+    for stage in (perturb_stage, entropy_stage):
+        with pytest.raises(SetupError, match="runs on a GPU, which needs CuPy; pip install cupy-cuda12x"):
+            stage(arguments(model_folder, kind="GPU"), PbUtils())
 
 
 def test_only_requested_outputs_are_sent(model_folder: Path) -> None:

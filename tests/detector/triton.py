@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,20 +49,9 @@ class InferenceResponse:
 
 
 @dataclass(frozen=True)
-class Logger:
-    """Collects warnings."""
-
-    warnings: list[str] = field(default_factory=list)
-
-    def log_warn(self, message: str) -> None:
-        self.warnings.append(message)
-
-
-@dataclass(frozen=True)
 class PbUtils:
     """What of the module the stages use."""
 
-    Logger: Logger = field(default_factory=Logger)
     Tensor: type = Tensor
     InferenceResponse: type = InferenceResponse
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from detector.errors import InputError
-from exporter.badnet import BadNetOptions, cached_badnet, train_badnet
+from detector.statistics import Proportion
+from exporter.badnet import BadNet, BadNetOptions, cached_badnet, train_badnet
 from model_repository.manifest import sha256_of
 from samples.hdf5 import read_hdf5
 
@@ -112,30 +113,37 @@ def test_the_cache_is_reused_until_it_is_damaged_or_options_change(
 ) -> None:
     trained: list[BadNetOptions] = []
 
-    def quick_training(output: Path, options: BadNetOptions, **_: Any) -> None:
+    def quick_training(output: Path, options: BadNetOptions, **_: Any) -> BadNet:
         trained.append(options)
         output.mkdir(parents=True)
         (output / "bd_net.keras").write_bytes(b"network")
-        files = {"bd_net.keras": sha256_of(output / "bd_net.keras")}
-        (output / "badnet.json").write_text(json.dumps({"files": files}))
+        rate = Proportion(9, 10)
+        report = {
+            "files": {"bd_net.keras": sha256_of(output / "bd_net.keras")},
+            "clean_accuracy": rate.to_json(),
+            "attack_success": rate.to_json(),
+        }
+        (output / "badnet.json").write_text(json.dumps(report))
+        return BadNet(output, rate, rate)
 
     monkeypatch.setattr("exporter.badnet.train_badnet", quick_training)
     monkeypatch.setenv("STRIPWIRE_CACHE_DIR", str(tmp_path))
 
-    folder = cached_badnet(TINY)
+    first = cached_badnet(TINY)
+    folder = first.folder
     assert folder.parent == tmp_path
-    assert cached_badnet(TINY) == folder
+    assert cached_badnet(TINY) == first
     assert len(trained) == 1
     (folder / "bd_net.keras").write_bytes(b"damaged")
-    assert cached_badnet(TINY) == folder
+    assert cached_badnet(TINY) == first
     assert len(trained) == 2
     (folder / "bd_net.keras").unlink()
-    assert cached_badnet(TINY) == folder
+    assert cached_badnet(TINY) == first
     assert len(trained) == 3
     (folder / "badnet.json").write_text("{")
-    assert cached_badnet(TINY) == folder
+    assert cached_badnet(TINY) == first
     assert len(trained) == 4
-    assert cached_badnet(BadNetOptions(**{**vars(TINY), "seed": 1})) != folder
+    assert cached_badnet(BadNetOptions(**{**vars(TINY), "seed": 1})).folder != folder
     assert len(trained) == 5
 
 

@@ -62,6 +62,17 @@ def test_a_network_without_probabilities_is_refused() -> None:
         check_parity(logits, repaired_graph(to_onnx(logits), "unit"), IMAGES, "unit", "original network")
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [keras.layers.Conv2D(6, 3, groups=3), keras.layers.Conv2D(4, 3, activation="gelu")],
+    ids=["grouped", "gelu"],
+)
+def test_what_has_no_onnx_form_is_named(layer: keras.layers.Layer) -> None:
+    layers = [keras.Input((8, 7, 3)), layer, keras.layers.Flatten(), keras.layers.Dense(5, "softmax")]
+    with pytest.raises(ExportError, match="cannot be converted to ONNX"):
+        to_onnx(keras.Sequential(layers))
+
+
 def test_an_unknown_scale_is_refused() -> None:
     with pytest.raises(InputError, match="scale: got 'half', expected one of unit, raw"):
         check_scale("half")

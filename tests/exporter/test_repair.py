@@ -37,8 +37,8 @@ def test_pruned_weights_stay_zero_through_fine_tuning(faces: tuple[keras.Model, 
     model, clean, validation, _ = faces
     options = RepairOptions(max_rounds=2, final_epochs=1, allowed_drop=0.9)
     repair = fine_prune(model, clean, validation, scale="unit", options=options)
-    assert [step.name for step in repair.rounds] == ["as received", "round 1", "round 2", "final epochs"]
-    assert repair.kept == "final epochs"
+    assert [step.name for step in repair.rounds] == ["as received", "round 1", "round 2", "final epoch 1"]
+    assert repair.kept == "final epoch 1"
     shares = [step.pruned_share for step in repair.rounds]
     assert shares[0] == 0.0
     assert 0.0 < shares[1] <= shares[2] == shares[3]
@@ -101,6 +101,7 @@ def test_no_repair_returns_the_network_as_it_came() -> None:
     some = Samples(images, np.zeros(3, np.int64))
     repair = fine_prune(model, nothing, some, scale="unit", options=RepairOptions(method="none"))
     assert repair.kept == "as received"
+    assert not repair.changed
     for old, new in zip(model.get_weights(), repair.model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
 

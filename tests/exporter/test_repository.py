@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from detector.calibration import fixed_threshold
 from detector.errors import InputError, RepositoryError
 from exporter.convert import repaired_graph, sentinel_graph, to_onnx
 from exporter.repository import ServedModel, check_output, model_configs, render, write_repository
-from model_repository.manifest import latest_version, read_manifest, verify_repository
+from model_repository.manifest import latest_version, read_manifest, verify_repository, write_manifest
 from tests.networks import small_network
 
 SHAPE, CLASSES = (8, 7, 3), 5
@@ -163,3 +164,31 @@ def test_the_calibration_beside_the_verdict_is_the_one_that_was_measured(reposit
     stored = json.loads((repository / "strip_verdict" / "1" / "calibration.json").read_text())
     assert stored["threshold_bits"] == served.calibration.threshold_bits
     assert stored["images"] == 2
+
+
+@pytest.mark.parametrize("number", ["one", "-1", "²"])
+def test_a_version_that_is_no_number_is_refused(repository: Path, number: str) -> None:
+    versions = read_manifest(repository)["versions"]
+    write_manifest(repository, {number: versions["1"]})
+    with pytest.raises(RepositoryError, match="is malformed"):
+        verify_repository(repository)
+
+
+def test_a_version_without_all_its_models_is_refused(repository: Path) -> None:
+    versions = read_manifest(repository)["versions"]
+    write_manifest(repository, {**versions, "2": versions["1"]})
+    with pytest.raises(RepositoryError, match="version 2 lacks guarded, strip_perturb"):
+        verify_repository(repository)
+
+
+def test_a_planted_empty_version_is_named(repository: Path) -> None:
+    (repository / "guarded" / "9").mkdir()
+    with pytest.raises(RepositoryError, match="guarded/9 is not listed"):
+        verify_repository(repository)
+
+
+def test_two_exports_at_once_lose_no_version(tmp_path: Path, served: ServedModel) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        versions = list(pool.map(lambda _: write_repository(tmp_path / "repository", served), range(4)))
+    assert sorted(versions) == ["1", "2", "3", "4"]
+    assert sorted(verify_repository(tmp_path / "repository")["versions"]) == ["1", "2", "3", "4"]

@@ -33,6 +33,9 @@ class TritonPythonModel:
         cuda = ("CUDAExecutionProvider", {"device_id": int(args["model_instance_device_id"])})
         providers = [cuda, "CPUExecutionProvider"] if on_gpu else ["CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(path, options, providers=providers)
+        if on_gpu and session.get_providers()[0] != cuda[0]:
+            # onnxruntime falls back to the CPU without a word.
+            pb_utils.Logger.log_warn(f"{args['model_name']}: CUDA could not be used, so it runs on the CPU")
         inputs = [tensor["name"] for tensor in config["input"]]
         outputs = [tensor["name"] for tensor in config["output"]]
 
