@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ try:
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-    from rich.table import Table
+    from rich.table import Column, Table
 except ModuleNotFoundError as _error:
     sys.exit(f"error: the command line needs {_error.name}: pip install 'stripwire[all]' (or a part of it)")
 
@@ -69,6 +70,21 @@ Tls = Annotated[bool, typer.Option("--tls", help="Encrypt, trusting the authorit
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("stripwire"))
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Hold the options that come before a command."""
+
+
 @app.command(
     epilog="Example: [bold]stripwire demo[/bold], then follow what it says to call the server that it leaves ready."
 )
@@ -93,7 +109,9 @@ def demo(
     console.print(rates_table(_DEMO_TITLE, networks, result.occluded.guarded))
     warn(result.shortfall)
     say(f"Pictures and numbers are in {result.output}: faces.png, entropies.png, results.json.")
-    console.print("Keep the server running, and ask it about faces with and without the trigger:")
+    console.print(
+        "Start the server and keep it running; ask it, from another terminal, about faces with and without the trigger:"
+    )
     command("serve", result.repository)
     command("classify", *sorted((result.output / "images").glob("*-1.png")))
     command("evaluate", "--clean", result.clean_test, "--trojaned", result.trojaned_test)
@@ -127,11 +145,16 @@ def train_badnet(
     epilog="Example: [bold]stripwire export bd_net.h5 --clean clean_validation_data.h5 --output repository[/bold]"
 )
 def export(
-    model: Annotated[Path, typer.Argument(help="Keras .h5 or .keras file. Nothing in it is run.")],
-    clean: Annotated[Path, typer.Option(help="Clean labelled images, HDF5 with `data` and `label`.")],
+    model: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="Keras .h5 or .keras file. Nothing in it is run.")
+    ],
+    clean: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="Clean labelled images, HDF5 with `data` and `label`.")
+    ],
     output: Annotated[Path, typer.Option(help="Model repository; an existing one gets a new version.")],
     attack: Annotated[
-        Path | None, typer.Option(help="Trojaned images, if at hand: the repair stops once they fail.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Trojaned images, if at hand: the repair stops once they fail."),
     ] = None,
     scale: Annotated[Scale, typer.Option(help="What the network expects of pixels: unit is pixel / 255.")] = "unit",
     architecture: Annotated[
@@ -241,7 +264,9 @@ def serve(
 
 @app.command(epilog="Example: [bold]stripwire classify face.png --url 127.0.0.1:8001 --resize[/bold]")
 def classify(
-    files: Annotated[list[Path], typer.Argument(help="Images: png, jpg, bmp, webp, npy or HDF5.")],
+    files: Annotated[
+        list[Path], typer.Argument(exists=True, dir_okay=False, help="Images: png, jpg, bmp, webp, npy or HDF5.")
+    ],
     url: Url = "127.0.0.1:8001",
     resize: Annotated[bool, typer.Option("--resize", help="Resize images to what the model takes.")] = False,
     as_json: AsJson = False,
@@ -268,7 +293,7 @@ def classify(
         ]
         print_json(rows)
         return
-    table = Table("image", "label", "verdict", "entropy (bits)")
+    table = Table(Column("image", overflow="fold"), "label", "verdict", "entropy (bits)")
     for name, verdict in zip(loaded.names, verdicts, strict=True):
         shown = "[red]trojaned[/red]" if verdict.trojaned else "[green]accepted[/green]"
         label = "blocked" if verdict.label == about.classes else str(verdict.label)
@@ -280,9 +305,13 @@ def classify(
     epilog="Example: [bold]stripwire evaluate --clean clean_test_data.h5 --trojaned sunglasses_poisoned_data.h5[/bold]"
 )
 def evaluate(
-    clean: Annotated[Path, typer.Option(help="Clean labelled images, HDF5; none that the export has seen.")],
+    clean: Annotated[
+        Path,
+        typer.Option(exists=True, dir_okay=False, help="Clean labelled images, HDF5; none that the export has seen."),
+    ],
     trojaned: Annotated[
-        Path | None, typer.Option(help="Trojaned images, HDF5; `label` is the attacker's class.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Trojaned images, HDF5; `label` is the attacker's class."),
     ] = None,
     url: Url = "127.0.0.1:8001",
     as_json: AsJson = False,
@@ -313,6 +342,8 @@ def evaluate(
     console.print(rates_table(escape(f"Through {url}\n{_CAPTION}"), networks, result.guarded))
     if result.auroc is not None:
         console.print(f"AUROC of the entropy: {result.auroc:.4f}")
+    if result.auroc is not None and result.auroc < 0.5:
+        warn("trojaned images have the higher entropies; are --clean and --trojaned swapped?")
 
 
 def repair_table(result: Export) -> Table:
@@ -349,7 +380,9 @@ def rates_table(title: str, networks: dict[str, NetworkResult], guarded: Guarded
     )
     detection = (guarded.false_acceptance, guarded.false_rejection)
     table.add_row("guarded*", *(figure(rate) for rate in (*rates_of_accepted, *detection)))
-    table.caption = "* the last network on the inputs that STRIP accepts"
+    table.caption = (
+        "* the last network on the inputs that STRIP accepts; -: not measured, or the true labels are unknown"
+    )
     return table
 
 

@@ -471,7 +471,10 @@ class GuardedClient:
         said = error.message() or "no details"
         kind = ERROR_OF_STATUS[status]
         if kind is ServerUnavailableError:
-            message = f"the server is unavailable ({said}); if none runs there, start one with `stripwire serve`"
+            message = (
+                f"the server is unavailable ({said}); if none runs there, start one with `stripwire serve`; if one "
+                "does: is this its gRPC port, and does it ask for TLS, or not?"
+            )
         elif kind is DeadlineExceededError:
             message = f"model {model!r} did not answer within {self._timeout_seconds:g} s; allow it more time"
         elif kind is RequestRejectedError:

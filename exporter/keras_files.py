@@ -125,7 +125,7 @@ def _load_hdf5(stream: BinaryIO, architecture: str | None) -> keras.Model:
         return _restore(read_network(contents.config), contents)
     if architecture is None:
         raise ModelRefusedError(
-            "has weights only and does not say of which network; expected architecture to be one of "
+            "has weights only and does not say of which network; expected --architecture, one of "
             f"{', '.join(ARCHITECTURES)}, or a file of the full model"
         )
     build = ARCHITECTURES[architecture]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
@@ -88,14 +89,16 @@ def test_a_mistake_ends_in_one_message_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "broken.h5").write_bytes(b"\x89HDF\r\n\x1a\nbroken")
+    text = tmp_path / "text.h5"
+    text.write_text("no model")
     cases: dict[tuple[str, ...], str] = {
         ("serve", str(tmp_path), "--http-port=0", "--grpc-port=0", "--metrics-port=0"): "has no manifest.json",
-        ("export", "nowhere.h5", "--clean", "c.h5", "--output", str(tmp_path / "out")): "nowhere.h5",
+        ("export", str(text), "--clean", str(text), "--output", str(tmp_path / "out")): "text.h5",
         ("evaluate", "--clean", str(tmp_path / "broken.h5")): "cannot be read as HDF5",
-        ("classify", "nowhere.png", "--url", "127.0.0.1:9", "--timeout", "0.5"): "127.0.0.1:9",
-        ("classify", "nowhere.png", "--timeout", "-1"): "timeout_seconds: got -1",
+        ("classify", str(text), "--url", "127.0.0.1:9", "--timeout", "0.5"): "127.0.0.1:9",
+        ("classify", str(text), "--timeout", "-1"): "timeout_seconds: got -1",
         ("train-badnet", str(tmp_path)): "exists and is not empty",
-        ("serve", str(tmp_path), "--http-port", "70000"): "port: got 70000",
+        ("serve", str(tmp_path), "--http-port", "70000"): "HTTP port: got 70000",
     }
     for arguments, message in cases.items():
         assert run(monkeypatch, *arguments) != 0
@@ -106,12 +109,33 @@ def test_a_mistake_ends_in_one_message_and_no_traceback(
 
 
 def test_a_missing_extra_is_named_with_how_to_install_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.delitem(sys.modules, "client.api", raising=False)
     monkeypatch.setitem(sys.modules, "tenacity", None)
-    assert run(monkeypatch, "classify", "face.png") == 1
+    (tmp_path / "face.png").touch()
+    assert run(monkeypatch, "classify", tmp_path / "face.png") == 1
     assert capsys.readouterr().err == "error: tenacity is not installed: pip install 'stripwire[client]'\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", "nowhere.h5", "--clean", "nowhere.h5", "--output", "out"),
+        ("classify", "nowhere.png"),
+        ("evaluate", "--clean", "nowhere.h5"),
+    ],
+)
+def test_a_missing_file_is_named_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    assert "'nowhere." in capsys.readouterr().err
+
+
+def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == version("stripwire")
 
 
 def test_the_demo_replaces_nothing_but_an_earlier_demo(

@@ -19,6 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ from model_repository.manifest import verify_repository
 
 _BACKENDS = Path(__file__).parent / "backends"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  the place where Triton's Python backend keeps its regions, not a temp file
+_WORK_PREFIX = "stripwire-triton-"
 _LOOPBACK = "127.0.0.1"
 
 
@@ -204,7 +206,7 @@ class EmbeddedTriton:
         self.repository = repository.resolve()
         self.mode = mode
         self.host = host
-        self._ports = choose_ports(host, http_port, grpc_port, metrics_port)
+        self._ports = choose_ports(host, {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port})
         self._startup_timeout_seconds = startup_timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._work_folder: Path | None = None
@@ -213,17 +215,17 @@ class EmbeddedTriton:
     @property
     def http_address(self) -> str:
         """`host:port` of HTTP."""
-        return self._address(self._ports[0])
+        return self._address(self._ports["HTTP"])
 
     @property
     def grpc_address(self) -> str:
         """`host:port` of gRPC."""
-        return self._address(self._ports[1])
+        return self._address(self._ports["gRPC"])
 
     @property
     def metrics_address(self) -> str:
         """`host:port` of the Prometheus metrics, path `/metrics`."""
-        return self._address(self._ports[2])
+        return self._address(self._ports["metrics"])
 
     @property
     def process_id(self) -> int:
@@ -245,7 +247,8 @@ class EmbeddedTriton:
         """Verify the repository, start the server, and wait until every model is ready."""
         verify_repository(self.repository)
         triton = find_triton()
-        self._work_folder = Path(tempfile.mkdtemp(prefix="stripwire-triton-"))
+        _sweep_work_folders()
+        self._work_folder = Path(tempfile.mkdtemp(prefix=f"{_WORK_PREFIX}{os.getpid()}-"))
         try:
             self._launch(triton, self._work_folder)
             self._wait_until_ready()
@@ -300,7 +303,6 @@ class EmbeddedTriton:
         shutil.copytree(_BACKENDS, backends, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(triton.python_backend, backends / "python", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy2(triton.stub, backends / "python" / triton.stub.name)
-        http_port, grpc_port, metrics_port = (str(port) for port in self._ports)
         command = [
             sys.executable,
             str(Path(__file__).with_name("launch.py")),
@@ -311,11 +313,11 @@ class EmbeddedTriton:
             f"--backend-config=python,shm-region-prefix-name={self.region_prefix}",
             "--disable-auto-complete-config",
             f"--http-address={self.host}",
-            f"--http-port={http_port}",
+            f"--http-port={self._ports['HTTP']}",
             f"--grpc-address={self.host}",
-            f"--grpc-port={grpc_port}",
+            f"--grpc-port={self._ports['gRPC']}",
             f"--metrics-address={self.host}",
-            f"--metrics-port={metrics_port}",
+            f"--metrics-port={self._ports['metrics']}",
             "--allow-gpu-metrics=false",
             "--exit-timeout-secs=10",
         ]
@@ -345,7 +347,10 @@ class EmbeddedTriton:
                 return
             time.sleep(0.1)
         waited = f"{self._startup_timeout_seconds:g} seconds"
-        raise ServerStartError(f"tritonserver was not ready within {waited}:\n{error_lines(self.server_log())}")
+        raise ServerStartError(
+            f"tritonserver was not ready within {waited}; if its models take longer to load, allow more "
+            f"(--startup-timeout):\n{error_lines(self.server_log())}"
+        )
 
     def _answers_ready(self) -> bool:
         url = f"http://{self.http_address}/v2/models/guarded/ready"
@@ -356,17 +361,35 @@ class EmbeddedTriton:
             return False
 
 
-def choose_ports(host: str, *wanted: int) -> tuple[int, ...]:
-    """Return `wanted` with every 0 replaced by a free port of `host`, all different.
+def _sweep_work_folders() -> None:
+    """Remove the folders of processes that were killed before they could."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_WORK_PREFIX}*"):
+        owner = folder.name.removeprefix(_WORK_PREFIX).split("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def choose_ports(host: str, wanted: Mapping[str, int]) -> dict[str, int]:
+    """Return `wanted`, a port for each protocol, with every 0 replaced by a free port of `host`, all different.
 
     Raises:
         InputError: a port is out of range, asked for twice, or in use; or `host` is not an address of this machine.
     """
-    ports = []
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise InputError(
+            f"host: got {host!r}, expected an address of this machine ({error.strerror or error})"
+        ) from error
+    ports: dict[str, int] = {}
     with contextlib.ExitStack() as held:
-        for port in wanted:
+        for protocol, port in wanted.items():
             if not 0 <= port <= 65535:
-                raise InputError(f"port: got {port}, expected 0 (any free one) to 65535")
+                raise InputError(f"{protocol} port: got {port}, expected 0 (any free one) to 65535")
+            if port in ports.values():
+                raise InputError(
+                    f"{protocol} port: got {port}, which another protocol has already; expected another, or 0"
+                )
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             probe = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -374,12 +397,12 @@ def choose_ports(host: str, *wanted: int) -> tuple[int, ...]:
                 probe.bind((host, port))
                 probe.listen(1)
             except OSError as error:
-                reason = error.strerror or error
                 raise InputError(
-                    f"port {port} of {host}: cannot be used ({reason}); choose another, or 0 for a free one"
+                    f"{protocol} port: {port} of {host} cannot be used ({error.strerror or error}); choose another, or "
+                    "0 for a free one"
                 ) from error
-            ports.append(int(probe.getsockname()[1]))
-    return tuple(ports)
+            ports[protocol] = int(probe.getsockname()[1])
+    return ports
 
 
 _ERROR_LINE = re.compile(r"^E\d{4} |error:|Error:|failed to load|UNAVAILABLE: ")

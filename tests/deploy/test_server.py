@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -147,18 +148,37 @@ def test_a_port_in_use_is_named() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=rf"port {port} of 127\.0\.0\.1: cannot be used"):
-            choose_ports("127.0.0.1", port)
+        with pytest.raises(InputError, match=rf"gRPC port: {port} of 127\.0\.0\.1 cannot be used"):
+            choose_ports("127.0.0.1", {"gRPC": port})
 
 
-@pytest.mark.parametrize("ports", [(70000,), (-1,)])
-def test_a_port_out_of_range_is_refused(ports: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match="port: got"):
-        choose_ports("127.0.0.1", *ports)
+@pytest.mark.parametrize("port", [70000, -1])
+def test_a_port_out_of_range_is_refused(port: int) -> None:
+    with pytest.raises(InputError, match=f"HTTP port: got {port}"):
+        choose_ports("127.0.0.1", {"HTTP": port})
+
+
+def test_a_port_given_twice_is_refused() -> None:
+    (free,) = choose_ports("127.0.0.1", {"HTTP": 0}).values()
+    with pytest.raises(InputError, match=f"gRPC port: got {free}, which another protocol has already"):
+        choose_ports("127.0.0.1", {"HTTP": free, "gRPC": free})
+
+
+def test_a_host_that_is_none_is_named() -> None:
+    with pytest.raises(InputError, match=r"host: got 'not\.a\.host'"):
+        choose_ports("not.a.host", {"HTTP": 0})
+
+
+def test_the_folders_of_killed_servers_are_swept(repository: Path) -> None:
+    dead = Path(tempfile.gettempdir()) / "stripwire-triton-4194999-left"  # beyond the largest process id
+    dead.mkdir(exist_ok=True)
+    with pytest.raises(ServerStartError):
+        EmbeddedTriton(repository, startup_timeout_seconds=0.01).start()
+    assert not dead.exists()
 
 
 def test_free_ports_are_all_different() -> None:
-    assert len(set(choose_ports("127.0.0.1", 0, 0, 0))) == 3
+    assert len(set(choose_ports("127.0.0.1", {"HTTP": 0, "gRPC": 0, "metrics": 0}).values())) == 3
 
 
 def test_an_unknown_mode_is_refused(repository: Path) -> None:

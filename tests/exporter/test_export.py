@@ -44,14 +44,14 @@ def test_the_overlays_are_clean_images_that_nothing_else_uses(repository: Path, 
 
 
 def test_a_copy_of_an_image_is_in_no_second_part() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3), dtype=np.uint8)
-    twice = Samples(np.concatenate([images, images]), np.zeros(120, np.int64))
+    images = np.random.default_rng(0).integers(0, 256, (120, 4, 4, 3), dtype=np.uint8)
+    twice = Samples(np.concatenate([images, images]), np.zeros(240, np.int64))
     split = split_clean(twice, ExportOptions(overlays=5))
-    assert sum(split.sizes().values()) == 60
+    assert sum(split.sizes().values()) == 120
 
 
 def test_a_split_depends_on_the_seed_alone() -> None:
-    clean = Samples(np.random.default_rng(0).integers(0, 256, (90, 4, 4, 3), dtype=np.uint8), np.arange(90))
+    clean = Samples(np.random.default_rng(0).integers(0, 256, (120, 4, 4, 3), dtype=np.uint8), np.arange(120))
     first, second, other = (split_clean(clean, ExportOptions(seed=seed)).repair.labels for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, second)
     assert not np.array_equal(first, other)
