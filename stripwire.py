@@ -349,7 +349,7 @@ def evaluate(
 def repair_table(result: Export) -> Table:
     """Return the table of an export's rounds."""
     repair = result.repair
-    table = Table(title=f"Repair ({repair.stopped}); in bold what was kept")
+    table = Table(title=f"Repair ({repair.stopped})")
     table.add_column("")
     table.add_column("pruned", justify="right")
     table.add_column(f"clean accuracy (n={result.split_sizes['validation']})", justify="right")
@@ -357,10 +357,11 @@ def repair_table(result: Export) -> Table:
     if with_attack:
         table.add_column("attack success", justify="right")
     for row in repair.rounds:
-        cells = [row.name, f"{row.pruned_share:.1%}", f"{row.clean_accuracy:.2%}"]
+        kept = row.name == repair.kept
+        cells = [f"{row.name}, kept" if kept else row.name, f"{row.pruned_share:.1%}", f"{row.clean_accuracy:.2%}"]
         if row.attack_success is not None:
             cells.append(f"{row.attack_success:.2%}")
-        table.add_row(*cells, style="bold" if row.name == repair.kept else None)
+        table.add_row(*cells, style="bold" if kept else None)
     return table
 
 
@@ -417,10 +418,10 @@ def progress() -> Iterator[ReportProgress]:
 
         def report(description: str, done: int, total: int) -> None:
             if description not in tasks:
-                for task in tasks.values():
-                    bars.update(task, visible=False)
                 tasks[description] = bars.add_task(description, total=total)
-            bars.update(tasks[description], completed=done, total=total, visible=True)
+            bars.update(tasks[description], completed=done, total=total)
+            for other, task in tasks.items():
+                bars.update(task, visible=other == description)
 
         yield report
 
