@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +24,9 @@ from exporter.badnet import BadNetOptions, cached_badnet
 from exporter.export import ExportOptions, export
 from exporter.publishing import check_writable, staged_folder
 from exporter.repair import RepairOptions
+from exporter.training import Progress
 from samples.hdf5 import read_hdf5
 from samples.types import Samples
-
-Progress = Callable[[str, int, int], None]
 
 _MADE_BY = "stripwire demo"
 _FACES_SHOWN = 8

@@ -53,10 +53,7 @@ def calibrate(entropies: NDArray[np.floating[Any]], target_frr: float) -> Calibr
         InputError: `target_frr` is outside (0, 1).
         CalibrationError: too few images for the target, or an entropy that is not finite.
     """
-    if not 0.0 < target_frr < 1.0:
-        raise InputError(
-            f"target FRR: got {target_frr}, expected a rate between 0 and 1 (0.05 rejects 5 % of clean inputs)"
-        )
+    check_target_frr(target_frr)
     _check_finite(entropies)
     count = len(entropies)
     rank = math.floor(target_frr * (count + 1) + 1e-9)
@@ -95,11 +92,24 @@ def fixed_threshold(entropies: NDArray[np.floating[Any]], threshold_bits: float)
         InputError: `threshold_bits` is negative or not finite.
         CalibrationError: there are no entropies, or one is not finite.
     """
-    if not (math.isfinite(threshold_bits) and threshold_bits >= 0.0):
-        raise InputError(f"threshold: got {threshold_bits} bits, expected a finite number of at least 0")
+    check_threshold(threshold_bits)
     _check_finite(entropies)
     frr = Proportion(int(np.count_nonzero(entropies <= threshold_bits)), len(entropies))
     return Calibration(float(threshold_bits), "fixed", None, frr.rate, frr.low, frr.high, frr.count)
+
+
+def check_target_frr(target_frr: float) -> None:
+    """Raise InputError unless 0 < `target_frr` < 1."""
+    if not 0.0 < target_frr < 1.0:
+        raise InputError(
+            f"target FRR: got {target_frr}, expected a rate between 0 and 1 (0.05 rejects 5 % of clean inputs)"
+        )
+
+
+def check_threshold(threshold_bits: float) -> None:
+    """Raise InputError unless `threshold_bits` is finite and not negative."""
+    if not (math.isfinite(threshold_bits) and threshold_bits >= 0.0):
+        raise InputError(f"threshold: got {threshold_bits} bits, expected a finite number of at least 0")
 
 
 def _check_finite(entropies: NDArray[np.floating[Any]]) -> None:

@@ -31,7 +31,7 @@ from detector.errors import InputError
 from detector.statistics import Proportion
 from exporter.architectures import deepid
 from exporter.publishing import staged_folder
-from exporter.training import Progress, Trainer, predict_labels, seed_everything
+from exporter.training import Progress, Trainer, score, seed_everything
 from model_repository.manifest import sha256_of
 from samples.faces import Identities, draw_faces, finish, make_identities
 from samples.hdf5 import write_hdf5
@@ -144,7 +144,7 @@ def train_badnet(output: Path, options: BadNetOptions, *, on_progress: Progress 
         for name, part in ((VALIDATION_FILE, validation), (TEST_FILE, test), (options.trojaned_file, trojaned)):
             write_hdf5(staged / name, part)
         model.save(staged / MODEL_FILE)
-        clean_accuracy, attack_success = _score(model, test), _score(model, trojaned)
+        clean_accuracy, attack_success = score(model, test, "unit"), score(model, trojaned, "unit")
         report = {
             "options": asdict(options),
             "clean_accuracy": clean_accuracy.to_json(),
@@ -266,8 +266,3 @@ def _train(train: Samples, options: BadNetOptions, on_progress: Progress | None)
     rate = keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=2e-3, warmup_steps=steps // 20)
     trainer.run(options.epochs, rate, "Training the BadNet")
     return model
-
-
-def _score(model: keras.Model, part: Samples) -> Proportion:
-    right = predict_labels(model, part.images, "unit") == part.labels
-    return Proportion(int(np.count_nonzero(right)), len(part))

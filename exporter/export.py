@@ -17,15 +17,21 @@ import onnxruntime
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from detector.calibration import Calibration, calibrate, fixed_threshold, least_images
+from detector.calibration import (
+    Calibration,
+    calibrate,
+    check_target_frr,
+    check_threshold,
+    fixed_threshold,
+    least_images,
+)
 from detector.errors import CalibrationError, DataError, InputError
-from detector.statistics import Proportion
 from detector.strip import check_alpha, entropy_bits, perturb, weighted_overlays
 from exporter.convert import SCALES, check_parity, check_scale, open_session, repaired_graph, sentinel_graph, to_onnx
 from exporter.keras_files import load_model
 from exporter.repair import Repair, RepairOptions, fine_prune
 from exporter.repository import ServedModel, check_output, write_repository
-from exporter.training import Progress, predict_labels
+from exporter.training import Progress, score
 from model_repository.manifest import sha256_of
 from samples.hdf5 import check_labels, read_hdf5
 from samples.types import Samples
@@ -65,12 +71,9 @@ class ExportOptions:
         check_alpha(self.alpha)
         if not 1 <= self.overlays <= 1000:
             raise InputError(f"overlays: got {self.overlays}, expected 1 to 1000 (10 is usual)")
-        if not 0.0 < self.target_frr < 1.0:
-            raise InputError(
-                f"target FRR: got {self.target_frr}, expected a rate between 0 and 1 (0.05 rejects 5 % of clean inputs)"
-            )
-        if self.threshold_bits is not None and not 0.0 <= self.threshold_bits < float("inf"):
-            raise InputError(f"threshold: got {self.threshold_bits} bits, expected a finite number of at least 0")
+        check_target_frr(self.target_frr)
+        if self.threshold_bits is not None:
+            check_threshold(self.threshold_bits)
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ def export(
         "options": asdict(options),
         "split_sizes": split.sizes(),
         "accuracy": {
-            name: _accuracy(net, split.validation, options.scale).to_json()
+            name: score(net, split.validation, options.scale).to_json()
             for name, net in (("original_validation", model), ("repaired_validation", repair.model))
         },
         "repair": repair.to_json(),
@@ -192,7 +195,7 @@ def check_accuracy(model: keras.Model, clean: Samples, scale: str, seed: int) ->
     """
     chosen = np.random.default_rng(seed).permutation(len(clean))[:_SCALE_IMAGES]
     sample = clean.take(chosen)
-    accuracies = {name: _accuracy(model, sample, name) for name in SCALES}
+    accuracies = {name: score(model, sample, name) for name in SCALES}
     chance = 1.0 / model.output_shape[-1]
     table = ", ".join(f"{name}: {result}" for name, result in accuracies.items())
     best = max(accuracies, key=lambda name: accuracies[name].rate)
@@ -277,11 +280,6 @@ def _read(path: Path, image_shape: tuple[int, ...], classes: int, on_progress: P
         )
     check_labels(samples, classes, path)
     return samples
-
-
-def _accuracy(model: keras.Model, samples: Samples, scale: str) -> Proportion:
-    correct = predict_labels(model, samples.images, scale) == samples.labels
-    return Proportion(int(np.count_nonzero(correct)), len(samples))
 
 
 def _versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from detector.errors import DataError, InputError
 from exporter.augmentation import occlude
-from exporter.training import Progress, Trainer, predict_labels, seed_everything
+from exporter.training import Progress, Trainer, score, seed_everything
 from samples.types import Samples
 
 AUGMENTATIONS = ("occlusion", "none")
@@ -123,11 +123,6 @@ class Repair:
         }
 
 
-def accuracy(model: keras.Model, samples: Samples, scale: str) -> float:
-    """Return the share of samples whose label the network gives, 0..1."""
-    return float(np.mean(predict_labels(model, samples.images, scale) == samples.labels))
-
-
 def pruning_mask(kernel: NDArray[np.floating[Any]], fraction: float) -> NDArray[np.bool_]:
     """Return which weights stay: those above `min + (max - min) * fraction` over the signed weights of this kernel.
 
@@ -189,8 +184,8 @@ def fine_prune(
         return Round(
             name=name,
             fraction=fraction,
-            clean_accuracy=accuracy(repaired, validation, scale),
-            attack_success=None if attack is None else accuracy(repaired, attack, scale),
+            clean_accuracy=score(repaired, validation, scale).rate,
+            attack_success=None if attack is None else score(repaired, attack, scale).rate,
             pruned_share=zeros / weights if weights else 0.0,
         )
 

@@ -67,23 +67,28 @@ class ServedModel:
         return self.overlays.shape[1:]
 
 
-def check_output(output: Path, image_shape: tuple[int, ...], classes: int) -> None:
+def check_output(output: Path, image_shape: tuple[int, ...], classes: int) -> dict[str, Any]:
     """Check, before any long work, that a version with this contract can be written to `output`.
+
+    Returns:
+        The versions that are there, by number; none where the repository is to be new.
 
     Raises:
         InputError: `output` is no model repository, or serves images of another shape or another number of classes.
     """
     check_writable(output)
     if not output.exists() or not any(output.iterdir()):
-        return
+        return {}
     manifest = verify_repository(output)
-    contract = manifest["versions"][latest_version(manifest)]["contract"]
+    versions: dict[str, Any] = manifest["versions"]
+    contract = versions[latest_version(manifest)]["contract"]
     wanted = {"image_shape": list(image_shape), "classes": classes}
     if contract != wanted:
         raise InputError(
             f"{output}: serves images of {contract['image_shape']} in {contract['classes']} classes, got a network for "
             f"{wanted['image_shape']} in {classes}; a new version keeps the contract, so choose another folder"
         )
+    return versions
 
 
 def write_repository(output: Path, served: ServedModel) -> str:
@@ -102,10 +107,7 @@ def write_repository(output: Path, served: ServedModel) -> str:
 
 
 def _write_locked(output: Path, served: ServedModel) -> str:
-    check_output(output, served.image_shape, served.classes)
-    versions: dict[str, Any] = {}
-    if output.exists() and any(output.iterdir()):
-        versions = dict(verify_repository(output)["versions"])
+    versions = check_output(output, served.image_shape, served.classes)
     version = str(max((int(number) for number in versions), default=0) + 1)
     with staged_folder(output, replace=True) as staged:
         if versions:

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from detector.statistics import Proportion
 from exporter.convert import SCALES
 from samples.types import Samples
 
@@ -101,3 +102,9 @@ def predict_labels(model: keras.Model, images: NDArray[np.uint8], scale: str) ->
         for start in range(0, len(images), size)
     ]
     return np.concatenate([part.argmax(axis=-1) for part in parts]) if parts else np.empty(0, dtype=np.int64)
+
+
+def score(model: keras.Model, samples: Samples, scale: str) -> Proportion:
+    """Return how many of the samples get their label from the network; `scale` is `unit` or `raw`."""
+    right = predict_labels(model, samples.images, scale) == samples.labels
+    return Proportion(int(np.count_nonzero(right)), len(samples))
