@@ -125,7 +125,9 @@ def _pictures(folder: Path, class_folder: Path, skipped: list[Path]) -> list[Pat
     if nested:
         raise DataError(f"{nested[0]}: is a folder in a class folder, expected pictures only; one folder is one class")
     if not pictures:
-        raise DataError(f"{class_folder}: has no pictures, expected some ({', '.join(PICTURE_SUFFIXES)}); remove it")
+        raise DataError(
+            f"{class_folder}: has no pictures, expected some ({', '.join(PICTURE_SUFFIXES)}); fill it, or remove it"
+        )
     return pictures
 
 
