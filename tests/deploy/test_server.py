@@ -108,7 +108,7 @@ def test_when_a_model_does_not_load_the_servers_own_error_lines_are_shown(reposi
     broken = tmp_path / "repository"
     subprocess.run(["cp", "-r", repository, broken], check=True)  # noqa: S607
     (broken / "strip_verdict" / "1" / "calibration.json").write_text("{}")
-    write_manifest(broken, read_manifest(broken)["versions"])
+    write_manifest(broken, read_manifest(broken)["versions"], "1")
     server = EmbeddedTriton(broken)
     with pytest.raises(ServerStartError, match=r"calibration\.json: no usable calibration"):
         server.start()

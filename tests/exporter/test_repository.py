@@ -15,10 +15,11 @@ from detector.calibration import fixed_threshold
 from detector.errors import InputError, RepositoryError
 from exporter.convert import repaired_graph, sentinel_graph, to_onnx
 from exporter.repository import ServedModel, check_output, model_configs, render, write_repository
-from model_repository.manifest import latest_version, read_manifest, verify_repository, write_manifest
+from model_repository.manifest import MODELS, next_version, read_manifest, verify_repository, write_manifest
 from tests.networks import small_network
 
 SHAPE, CLASSES = (8, 7, 3), 5
+ONE = dict.fromkeys(MODELS, 1)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +45,13 @@ def repository(tmp_path: Path, served: ServedModel) -> Path:
 
 
 def test_every_config_is_the_protobuf_that_was_meant() -> None:
-    for config in model_configs(SHAPE, CLASSES):
+    for config in model_configs(SHAPE, CLASSES, ONE):
         assert text_format.Parse(render(config), ModelConfig()) == config
         assert config.max_batch_size == 64
 
 
 def test_the_ensemble_keeps_the_batch_dimension_and_batches_at_every_step() -> None:
-    guarded, *steps = model_configs(SHAPE, CLASSES)
+    guarded, *steps = model_configs(SHAPE, CLASSES, ONE)
     assert guarded.platform == "ensemble"
     assert [step.model_name for step in guarded.ensemble_scheduling.step] == [config.name for config in steps]
     for config in steps:
@@ -63,7 +64,7 @@ def test_the_ensemble_keeps_the_batch_dimension_and_batches_at_every_step() -> N
 
 
 def test_the_public_contract_stands_in_the_config() -> None:
-    guarded = model_configs(SHAPE, CLASSES)[0]
+    guarded = model_configs(SHAPE, CLASSES, ONE)[0]
     assert [(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in guarded.input] == [("image", 2, [8, 7, 3])]
     assert [(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in guarded.output] == [
         ("label", 8, [1]),
@@ -86,15 +87,16 @@ def test_a_second_export_is_a_second_version_and_changes_no_file_of_the_first(
     first = read_manifest(repository)["files"]
     assert write_repository(repository, served) == "2"
     manifest = verify_repository(repository)
-    assert latest_version(manifest) == "2"
-    assert {name: manifest["files"][name] for name in first} == first
+    assert manifest["active"] == "2"
+    versions = {name: digest for name, digest in first.items() if "/1/" in name}
+    assert {name: manifest["files"][name] for name in versions} == versions
     assert (repository / "badnet" / "2" / "model.onnx").is_file()
     assert [path.name for path in repository.parent.iterdir()] == ["repository"]
 
 
-def test_the_tenth_version_follows_the_ninth(repository: Path) -> None:
-    assert latest_version({"versions": {"9": {}, "10": {}}}) == "10"
-    assert latest_version(read_manifest(repository)) == "1"
+def test_the_eleventh_version_follows_the_tenth(repository: Path) -> None:
+    assert next_version({"9": {}, "10": {}, "2": {}}) == "11"
+    assert next_version(read_manifest(repository)["versions"]) == "2"
 
 
 def test_a_version_with_another_contract_is_refused_and_nothing_is_lost(repository: Path) -> None:
@@ -147,7 +149,7 @@ def test_a_linked_folder_is_named(repository: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", '{"format": 2}', '{"format": 1, "files": {}, "versions": {}}', '{"format": 1}']
+    "text", ["", "[]", "null", '{"format": 3}', '{"format": 2, "files": {}, "versions": {}}', '{"format": 2}']
 )
 def test_a_broken_manifest_is_refused(repository: Path, text: str) -> None:
     (repository / "manifest.json").write_text(text)
@@ -169,15 +171,16 @@ def test_the_calibration_beside_the_verdict_is_the_one_that_was_measured(reposit
 @pytest.mark.parametrize("number", ["one", "-1", "²"])
 def test_a_version_that_is_no_number_is_refused(repository: Path, number: str) -> None:
     versions = read_manifest(repository)["versions"]
-    write_manifest(repository, {number: versions["1"]})
+    write_manifest(repository, {number: versions["1"]}, number)
     with pytest.raises(RepositoryError, match="is malformed"):
         verify_repository(repository)
 
 
 def test_a_version_without_all_its_models_is_refused(repository: Path) -> None:
     versions = read_manifest(repository)["versions"]
-    write_manifest(repository, {**versions, "2": versions["1"]})
-    with pytest.raises(RepositoryError, match="version 2 lacks guarded, strip_perturb"):
+    models = {**versions["1"]["models"], "guarded": 2, "strip_verdict": 7}
+    write_manifest(repository, {**versions, "2": {**versions["1"], "models": models}}, "1")
+    with pytest.raises(RepositoryError, match="version 2 lacks guarded/2/, strip_verdict/7/"):
         verify_repository(repository)
 
 
