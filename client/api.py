@@ -337,16 +337,25 @@ class GuardedClient:
         (answers,) = self._infer(about, images, _perturbations_input, outputs, on_progress)
         return answers[:, 0]
 
+    def ask(self, model: str, call: Callable[..., _T]) -> _T:
+        """Return `call(triton, headers=…, client_timeout=…)`: whatever else Triton's own client can do.
+
+        Args:
+            model: the model that it is about.
+            call: gets the `tritonclient.grpc.InferenceServerClient` and what to pass on to its method; called again
+                while the server is unavailable.
+
+        Raises:
+            ServerError: no usable answer; see the hierarchy in `detector.errors`.
+        """
+        return self._retrying(model, lambda left: call(self._triton, headers=self._headers, client_timeout=left))
+
     def _describe(self, model: str, input_name: str, datatype: str, output_name: str) -> ModelMetadata:
         """Ask for the model's shapes and batch size, and check them against the contract."""
         if model in self._described:
             return self._described[model]
-        told = self._retrying(
-            model, lambda left: self._triton.get_model_metadata(model, headers=self._headers, client_timeout=left)
-        )
-        configured = self._retrying(
-            model, lambda left: self._triton.get_model_config(model, headers=self._headers, client_timeout=left)
-        )
+        told = self.ask(model, lambda triton, **options: triton.get_model_metadata(model, **options))
+        configured = self.ask(model, lambda triton, **options: triton.get_model_config(model, **options))
         inputs = {tensor.name: tensor for tensor in told.inputs}
         outputs = {tensor.name: tensor for tensor in told.outputs}
         image = inputs.get(input_name)
@@ -623,9 +632,11 @@ def _status_of(error: InferenceServerException) -> grpc.StatusCode:
     """Return the gRPC status of an error; INTERNAL where there is none."""
     name = str(error.status() or "").rpartition(".")[2]
     status: grpc.StatusCode = grpc.StatusCode.__members__.get(name, grpc.StatusCode.INTERNAL)
-    # Triton's word for a missing key of a restricted protocol; trying again would not help.
-    if status is grpc.StatusCode.UNAVAILABLE and "protocol is restricted" in str(error.message()):
-        return grpc.StatusCode.PERMISSION_DENIED
+    if status is grpc.StatusCode.UNAVAILABLE:  # Triton's word for two refusals; trying again would not help
+        if "protocol is restricted" in str(error.message()):
+            return grpc.StatusCode.PERMISSION_DENIED
+        if "explicit model load / unload is not allowed" in str(error.message()):
+            return grpc.StatusCode.FAILED_PRECONDITION
     return status
 
 

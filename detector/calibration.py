@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from scipy import stats
 
 from detector.errors import CalibrationError, InputError
@@ -74,8 +73,8 @@ class ThresholdRule:
             raise InputError(f"calibration method: got {self.method!r}, expected one of {', '.join(METHODS)}")
         if self.method is not None and (self.method == "fixed") != (self.threshold_bits is not None):
             raise InputError(
-                f"calibration method: got {self.method} with threshold {self.threshold_bits}, expected a threshold with "
-                "fixed and with no other method"
+                f"calibration method: got {self.method} with threshold {self.threshold_bits}, expected a threshold "
+                "with fixed and with no other method"
             )
 
     @property

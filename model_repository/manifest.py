@@ -77,11 +77,9 @@ def read_manifest(repository: Path) -> dict[str, Any]:
             raise RepositoryError(
                 f"{path}: version {number} lacks {', '.join(incomplete)}; export the repository again"
             )
-    if manifest.get("active") not in versions:
-        raise RepositoryError(
-            f"{path}: version {manifest.get('active')!r} is to be served, expected one of {', '.join(versions)}; export "
-            "the repository again"
-        )
+    active = manifest.get("active")
+    if not (isinstance(active, str) and active in versions):
+        raise RepositoryError(f"{path}: active version {active!r} is none of its own; export the repository again")
     return manifest
 
 
