@@ -224,7 +224,7 @@ class GuardedClient:
         allow_plaintext_secrets: bool = False,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        is_local = _is_loopback(url)
+        is_local = is_loopback(url)
         if not (timeout_seconds > 0 and math.isfinite(timeout_seconds)):
             raise InputError(f"timeout_seconds: got {timeout_seconds}, expected a positive number")
         if retries < 0:
@@ -549,7 +549,7 @@ def _connect(url: str, tls: TlsOptions | None, *, use_proxy: bool) -> InferenceS
     return InferenceServerClient(url, creds=credentials, channel_args=options)
 
 
-def _is_loopback(url: str) -> bool:
+def is_loopback(url: str) -> bool:
     """Say whether `url` is on this machine; InputError where it is no gRPC address."""
     if re.fullmatch(r"unix:\S+", url):
         return True

@@ -38,13 +38,27 @@ class ModelControl:
         self._client = client
 
     def check_access(self) -> None:
-        """Check, before anything is changed, that the server lets us control its models.
+        """Check, before anything is changed, that the server lets us control its models; raises as `states` does."""
+        self.states()
+
+    def states(self) -> dict[tuple[str, str], str]:
+        """Return the state of every version of every model that the server knows, such as READY, by name and number.
 
         Raises:
             AccessDeniedError: it asks for another control token.
             ServerError: it does not answer.
         """
-        self._states()
+        try:
+            index: Any = self._client.ask(
+                ENSEMBLE, lambda triton, **options: triton.get_model_repository_index(**options)
+            )
+        except AccessDeniedError as error:
+            raise AccessDeniedError(
+                f"the server does not let us control its models ({error}): the control token is missing or wrong. "
+                "`stripwire serve` leaves it where the same user on the same machine finds it; otherwise give the one "
+                "that the server was started with, --control-token or STRIPWIRE_CONTROL_TOKEN"
+            ) from error
+        return {(model.name, model.version): model.state for model in index.models}
 
     def served(self) -> tuple[str, dict[str, int]]:
         """Return the version that the server serves, and the version of each model that it consists of.
@@ -124,20 +138,8 @@ class ModelControl:
     def _is_idle(self, version: str) -> bool:
         """Wait until the last request to a version of the ensemble is answered: its models must stay that long."""
         give_up_at = time.monotonic() + _LONGEST_REQUEST_SECONDS
-        while self._states().get((ENSEMBLE, version)) not in (None, "UNAVAILABLE"):
+        while self.states().get((ENSEMBLE, version)) not in (None, "UNAVAILABLE"):
             if time.monotonic() > give_up_at:
                 return False  # they go when the version is switched next
             time.sleep(_POLL_SECONDS)
         return True
-
-    def _states(self) -> dict[tuple[str, str], str]:
-        """Return the state of every version of every model that the server knows."""
-        try:
-            index: Any = self._client.ask(
-                ENSEMBLE, lambda triton, **options: triton.get_model_repository_index(**options)
-            )
-        except AccessDeniedError as error:
-            raise AccessDeniedError(
-                f"the server does not let us control its models: the control token is missing or wrong ({error})"
-            ) from error
-        return {(model.name, model.version): model.state for model in index.models}

@@ -21,7 +21,7 @@ from exporter.repair import AUGMENTATIONS, REPAIRS
 from samples.hdf5 import read_hdf5
 from samples.triggers import TRIGGERS
 
-COMMANDS = ("demo", "train-badnet", "export", "serve", "classify", "evaluate")
+COMMANDS = ("demo", "train-badnet", "export", "serve", "calibrate", "rollback", "reload", "classify", "evaluate")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:

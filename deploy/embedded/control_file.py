@@ -10,7 +10,7 @@ from pathlib import Path
 from detector.errors import SetupError
 
 
-def control_file(grpc_port: int) -> Path:
+def control_file(grpc_port: int | str) -> Path:
     """Return the file for the server at `grpc_port` of this machine."""
     folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
     return folder / f"stripwire-{os.getuid()}" / f"control-{grpc_port}"
@@ -35,7 +35,7 @@ def write_control_token(grpc_port: int, token: str) -> Path:
     return path
 
 
-def read_control_token(grpc_port: int) -> str | None:
+def read_control_token(grpc_port: int | str) -> str | None:
     """Return the token of the server at `grpc_port` of this machine; None where we have none.
 
     Raises:

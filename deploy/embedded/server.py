@@ -28,7 +28,7 @@ from uuid import uuid4
 
 import psutil
 
-from deploy.embedded.control_file import control_file, write_control_token
+from deploy.embedded.control_file import write_control_token
 from detector.errors import InputError, ServerError, ServerStartError, SetupError
 from detector.serving import CONTROL_KEY, MODES
 from model_repository.manifest import verify_repository
@@ -220,6 +220,7 @@ class EmbeddedTriton:
         self._startup_timeout_seconds = startup_timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._work_folder: Path | None = None
+        self._token_file: Path | None = None
         self.region_prefix = f"stripwire-{uuid4().hex[:12]}-"
 
     @property
@@ -260,9 +261,9 @@ class EmbeddedTriton:
         _sweep_work_folders()
         self._work_folder = Path(tempfile.mkdtemp(prefix=f"{_WORK_PREFIX}{os.getpid()}-"))
         try:
+            self._token_file = write_control_token(self._ports["gRPC"], self.control_token)
             self._launch(triton, self._work_folder)
             self._wait_until_ready()
-            write_control_token(self._ports["gRPC"], self.control_token)
         except BaseException:
             self.stop()
             raise
@@ -282,8 +283,6 @@ class EmbeddedTriton:
         """Stop the server and its stubs, and remove what they left in memory and on disk. Idempotent."""
         process, self._process = self._process, None
         if process is not None:
-            with contextlib.suppress(OSError):
-                control_file(self._ports["gRPC"]).unlink()
             family = _family(process.pid) if process.poll() is None else []
             process.terminate()
             try:
@@ -297,6 +296,9 @@ class EmbeddedTriton:
                     survivor.kill()
         for region in _SHARED_MEMORY.glob(f"{self.region_prefix}*"):
             region.unlink(missing_ok=True)
+        token_file, self._token_file = self._token_file, None
+        if token_file is not None:
+            token_file.unlink(missing_ok=True)
         folder, self._work_folder = self._work_folder, None
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
