@@ -44,6 +44,8 @@ OnProgress = Callable[[int, int], None]
 
 _T = TypeVar("_T")
 
+_NO_CONTROL = "explicit model load / unload is not allowed"  # what Triton says when nobody may
+
 _MAX_MESSAGE_BYTES = 2**31 - 1  # Triton's own limit
 _MAX_REQUEST_BYTES = 2**26  # 64 MiB: a few large images a request keep the window's memory bounded
 _BACKOFF = wait_exponential(multiplier=0.2, max=5.0) + wait_random(0.0, 0.2)  # seconds; random against herds
@@ -490,6 +492,11 @@ class GuardedClient:
             message = f"model {model!r} refused the request: {said}"
         elif kind is AccessDeniedError:
             message = f"the server refused us ({said}); check the token, the headers and the client certificate"
+        elif status is grpc.StatusCode.FAILED_PRECONDITION and _NO_CONTROL in said:
+            message = (
+                f"the server lets nobody load models ({said}); it was started without --model-control-mode=explicit, "
+                "so restart it to have it serve another version"
+            )
         elif status is grpc.StatusCode.NOT_FOUND:
             message = f"the server has not loaded the model {model!r} ({said}); does it serve an exported repository?"
         elif status is grpc.StatusCode.UNIMPLEMENTED:
@@ -635,7 +642,7 @@ def _status_of(error: InferenceServerException) -> grpc.StatusCode:
     if status is grpc.StatusCode.UNAVAILABLE:  # Triton's word for two refusals; trying again would not help
         if "protocol is restricted" in str(error.message()):
             return grpc.StatusCode.PERMISSION_DENIED
-        if "explicit model load / unload is not allowed" in str(error.message()):
+        if _NO_CONTROL in str(error.message()):
             return grpc.StatusCode.FAILED_PRECONDITION
     return status
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from google.protobuf import json_format
@@ -103,11 +104,13 @@ class ModelControl:
                 self._load(name, {old_models[name], models[name]})
             self._exchange(version)
         except ServerError as error:
-            now, now_models = self.served()
-            for name in renewed:
-                self._load(name, {now_models[name]})
+            goes_on = old
+            with suppress(ServerError):  # what matters is the first error
+                goes_on, now_models = self.served()
+                for name in renewed:
+                    self._load(name, {now_models[name]})
             raise ServerError(
-                f"version {version} could not be put in place of {old}, and the server goes on with version {now}: "
+                f"version {version} could not be put in place of {old}, and the server goes on with version {goes_on}: "
                 f"{error}"
             ) from error
         if self._is_idle(old):
