@@ -7,7 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from detector.errors import InputError, SetupError, StripwireError
 
 if TYPE_CHECKING:
     from client.api import GuardedClient
+    from client.control import ModelControl
     from client.evaluation import GuardedResult, NetworkResult
     from detector.statistics import Proportion
     from exporter.export import Export
@@ -41,17 +42,22 @@ console = Console()
 errors = Console(stderr=True)
 
 _CAPTION = "share of images, its 95 % interval, and how many images"
+_PART = "Data for the {} alone, instead of a share of --clean."
 _DEMO_TITLE = f"A BadNet, fine-pruned as published, with occlusion augmentation, and guarded\n{_CAPTION}"
+
+_STEPS_SHOWN = 12
 
 ReportProgress = Callable[[str, int, int], None]
 
 
 Trigger = Literal["sunglasses", "eyebrows", "lipstick", "patch"]
 Scale = Literal["unit", "raw"]
-RepairMethod = Literal["magnitude", "activation", "finetune", "none"]
+RepairMethod = Literal["distill", "magnitude", "activation", "finetune", "none"]
 Optimizer = Literal["adam", "sgd"]
 Augment = Literal["occlusion", "none"]
 Mode = Literal["block", "shadow"]
+CalibrationMethod = Literal["quantile", "normal", "fixed"]
+OverlayChoice = Literal["random", "greedy"]
 Architecture = Literal["deepid"]
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random; the same seed gives the same result.")]
@@ -68,6 +74,19 @@ ClientCertificate = Annotated[
     Path | None, typer.Option("--tls-cert", help="Our certificate chain (PEM), for mutual TLS.")
 ]
 Tls = Annotated[bool, typer.Option("--tls", help="Encrypt, trusting the authorities that gRPC brings along.")]
+RunningServer = Annotated[
+    str | None, typer.Option("--url", help="host:port (gRPC) of a running server to tell; without it, none is told.")
+]
+ControlToken = Annotated[
+    str | None,
+    typer.Option(
+        envvar="STRIPWIRE_CONTROL_TOKEN",
+        show_envvar=True,
+        help="Lets its holder change what the server serves. On the server's machine its own user need not give it.",
+    ),
+]
+ControlTimeout = Annotated[float, typer.Option("--timeout", help="Longest wait for a model to load, in seconds.")]
+Exported = Annotated[Path, typer.Argument(help="Model repository written by `stripwire export`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -149,14 +168,20 @@ def export(
     model: Annotated[
         Path, typer.Argument(exists=True, dir_okay=False, help="Keras .h5 or .keras file. Nothing in it is run.")
     ],
-    clean: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="Clean labelled images, HDF5 with `data` and `label`.")
-    ],
     output: Annotated[Path, typer.Option(help="Model repository; an existing one gets a new version.")],
+    clean: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="Clean labelled images: HDF5, .npz, or a folder with one sub-folder a class."),
+    ] = None,
     attack: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Trojaned images, if at hand: the repair stops once they fail."),
+        typer.Option(exists=True, help="Trojaned images, if at hand: measured, and fine-pruning stops once they fail."),
     ] = None,
+    overlay_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("overlays"))] = None,
+    calibration_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("calibration"))] = None,
+    validation_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("validation"))] = None,
+    repair_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("repair"))] = None,
+    resize: Annotated[bool, typer.Option("--resize", help="Resize images to what the model takes.")] = False,
     scale: Annotated[Scale, typer.Option(help="What the network expects of pixels: unit is pixel / 255.")] = "unit",
     mean: Annotated[
         str, typer.Option(help="Subtracted from the scaled pixels, one number or one a channel: 0.485,0.456,0.406")
@@ -165,10 +190,10 @@ def export(
     architecture: Annotated[
         Architecture | None, typer.Option(help="Network of a file that holds weights alone.")
     ] = None,
-    repair: Annotated[RepairMethod, typer.Option(help="How to repair; see the README.")] = "magnitude",
-    augment: Annotated[Augment, typer.Option(help="What happens to images while fine-tuning.")] = "occlusion",
-    max_rounds: Annotated[int, typer.Option(help="At most so many rounds of pruning and one epoch each.")] = 10,
-    epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning after the pruning; 0 as in the report.")] = 20,
+    repair: Annotated[RepairMethod, typer.Option(help="How to repair; see the README.")] = "distill",
+    augment: Annotated[Augment, typer.Option(help="Of fine-tuning images; distill has its own.")] = "occlusion",
+    max_rounds: Annotated[int, typer.Option(help="Of magnitude: rounds of pruning, at most.")] = 10,
+    epochs: Annotated[int, typer.Option(help="Of distillation, or after pruning; 0 as in the report.")] = 20,
     allowed_drop: Annotated[float, typer.Option(help="Clean validation accuracy that may be lost, 0..1.")] = 0.03,
     optimizer: Annotated[Optimizer, typer.Option(help="Of fine-tuning; sgd has a momentum of 0.9.")] = "adam",
     learning_rate: Annotated[
@@ -176,7 +201,11 @@ def export(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images in a step of fine-tuning.")] = 64,
     overlays: Annotated[int, typer.Option(help="Perturbations that STRIP makes of an input.")] = 10,
+    overlay_choice: Annotated[OverlayChoice, typer.Option(help="Chance, or the best of a pool.")] = "random",
     alpha: Annotated[float, typer.Option(help="Weight of the input in the blend; the overlay gets the rest.")] = 0.5,
+    calibration_method: Annotated[
+        CalibrationMethod | None, typer.Option(help="Order statistic, fitted normal distribution, or as given.")
+    ] = None,
     target_frr: Annotated[float, typer.Option(help="Share of clean inputs that may be rejected, 0..1.")] = 0.05,
     threshold_bits: Annotated[
         float | None, typer.Option(help="Entropy threshold to use as it is, instead of --target-frr.")
@@ -185,7 +214,8 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Repair a suspicious Keras model, calibrate STRIP on it, and write a Triton model repository."""
-    from exporter.export import ExportOptions
+    from detector.calibration import ThresholdRule
+    from exporter.export import Data, ExportOptions
     from exporter.export import export as run_export
     from exporter.preprocessing import Preprocessing
     from exporter.repair import RepairOptions
@@ -193,6 +223,7 @@ def export(
     options = ExportOptions(
         preprocessing=Preprocessing(scale, numbers("mean", mean), numbers("std", std)),
         architecture=architecture,
+        resize=resize,
         repair=RepairOptions(
             method=repair,
             augment=augment,
@@ -205,17 +236,29 @@ def export(
             seed=seed,
         ),
         overlays=overlays,
+        overlay_choice=overlay_choice,
         alpha=alpha,
-        target_frr=target_frr,
-        threshold_bits=threshold_bits,
+        rule=ThresholdRule(calibration_method, target_frr, threshold_bits),
         seed=seed,
     )
+    given = {
+        "overlays": overlay_images,
+        "calibration": calibration_images,
+        "validation": validation_images,
+        "repair": repair_images,
+    }
+    data = Data(clean, {name: path for name, path in given.items() if path is not None}, attack)
     with progress() as report:
-        result = run_export(model, clean, output, options, attack_path=attack, on_progress=report)
+        result = run_export(model, data, output, options, on_progress=report)
     if as_json:
         print_json({"output": str(output), "version": result.version, **result.provenance})
         return
+    for note in result.notes:
+        errors.print(note, markup=False, highlight=False)
+    if result.network_outputs == "logits":
+        say("The network returns logits: a softmax was put behind it.")
     console.print(repair_table(result))
+    console.print(scores_table(result))
     calibration = result.calibration
     console.print(
         f"Threshold {calibration.threshold_bits:.4f} bits from {calibration.images} clean images: further clean inputs "
@@ -232,7 +275,7 @@ def export(
 
 @app.command(epilog="Example: [bold]stripwire serve repository --grpc-port 8001 --mode shadow[/bold]")
 def serve(
-    repository: Annotated[Path, typer.Argument(help="Model repository written by `stripwire export`.")],
+    repository: Exported,
     mode: Annotated[
         Mode, typer.Option(help="block answers one past the last class when trojaned; shadow only reports.")
     ] = "block",
@@ -241,6 +284,7 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="Port of gRPC, 0 for a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Port of the Prometheus metrics, 0 for a free one.")] = 8002,
     startup_timeout: Annotated[float, typer.Option(help="How long the models may take to load, in seconds.")] = 120.0,
+    control_token: ControlToken = None,
 ) -> None:
     """Serve a model repository with the pip-installed Triton, until Ctrl-C."""
     from deploy.embedded.server import EmbeddedTriton
@@ -253,6 +297,7 @@ def serve(
         grpc_port=grpc_port,
         metrics_port=metrics_port,
         startup_timeout_seconds=startup_timeout,
+        control_token=control_token,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as cleanly as for Ctrl-C
     try:
@@ -270,6 +315,126 @@ def serve(
         console.print("Stopping.")
     finally:
         server.stop()
+
+
+@app.command(
+    epilog="Example: [bold]stripwire calibrate repository --clean new_clean_data.h5 --url 127.0.0.1:8001[/bold]"
+)
+def calibrate(
+    repository: Exported,
+    clean: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="New clean images, HDF5; labels are not used.")
+    ],
+    target_frr: Annotated[float, typer.Option(help="Share of clean inputs that may be rejected, 0..1.")] = 0.05,
+    threshold_bits: Annotated[
+        float | None, typer.Option(help="Entropy threshold to use as it is, instead of --target-frr.")
+    ] = None,
+    calibration_method: Annotated[
+        CalibrationMethod | None,
+        typer.Option(
+            help="quantile keeps the target FRR on average; normal is the STRIP paper's, without that promise; "
+            "fixed takes --threshold-bits.",
+            show_default="quantile, or fixed with --threshold-bits",
+        ),
+    ] = None,
+    overlays: Annotated[
+        int | None, typer.Option(help="Overlays to take from the new images.", show_default="as many as there are")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Weight of the input in the blend.", show_default="as it is")
+    ] = None,
+    overlay_choice: Annotated[
+        OverlayChoice, typer.Option(help="greedy chooses overlays that keep the lowest clean entropies high.")
+    ] = "random",
+    keep_overlays: Annotated[
+        bool, typer.Option("--keep-overlays", help="Keep overlays and alpha: only the threshold is new.")
+    ] = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    url: RunningServer = None,
+    control_token: ControlToken = None,
+    timeout: ControlTimeout = 120.0,
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: RootCertificates = None,
+    tls_key: ClientKey = None,
+    tls_cert: ClientCertificate = None,
+) -> None:
+    """Calibrate STRIP again on new clean images: a new version with the same networks."""
+    from detector.calibration import ThresholdRule
+    from exporter.recalibration import RecalibrationOptions, recalibrate
+
+    rule = ThresholdRule(calibration_method, target_frr, threshold_bits)
+    options = RecalibrationOptions(rule, overlays, alpha, overlay_choice, keep_overlays, seed)
+    with controlled(url, control_token, timeout, token, tls, tls_ca, tls_key, tls_cert) as control:
+        with progress() as report:
+            result = recalibrate(repository, clean, options, on_progress=report)
+        served = switch(control, repository)
+    if as_json:
+        written = {"repository": str(repository), "version": result.version, "served": served}
+        print_json({**written, **result.provenance})
+        return
+    calibration = result.calibration
+    console.print(
+        f"Threshold {result.base_threshold_bits:.4f} -> {calibration.threshold_bits:.4f} bits; of {calibration.images} "
+        f"clean images it rejects {calibration.calibration_frr:.1%}, and of further ones {calibration.frr_low:.1%} to "
+        f"{calibration.frr_high:.1%} (95 %)."
+    )
+    warn(calibration.note or None)
+    say(f"Version {result.version}, written to {repository}, is active in place of {result.base}.")
+    tell_how_to_switch(repository, served)
+
+
+@app.command(epilog="Example: [bold]stripwire rollback repository --url 127.0.0.1:8001[/bold]")
+def rollback(
+    repository: Exported,
+    to: Annotated[
+        str | None,
+        typer.Option(help="Number of the version to go to, back or forth.", show_default="the one before"),
+    ] = None,
+    as_json: AsJson = False,
+    url: RunningServer = None,
+    control_token: ControlToken = None,
+    timeout: ControlTimeout = 120.0,
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: RootCertificates = None,
+    tls_key: ClientKey = None,
+    tls_cert: ClientCertificate = None,
+) -> None:
+    """Go back to the version before, or to any other; no version is lost."""
+    from exporter.repository import activate
+
+    with controlled(url, control_token, timeout, token, tls, tls_ca, tls_key, tls_cert) as control:
+        active = activate(repository, to)
+        served = switch(control, repository)
+    if as_json:
+        print_json({"repository": str(repository), "version": active, "served": served})
+        return
+    say(f"Version {active} of {repository} is active.")
+    tell_how_to_switch(repository, served)
+
+
+@app.command(epilog="Example: [bold]stripwire reload repository --url 127.0.0.1:8001[/bold]")
+def reload(
+    repository: Exported,
+    as_json: AsJson = False,
+    url: Url = "127.0.0.1:8001",
+    control_token: ControlToken = None,
+    timeout: ControlTimeout = 120.0,
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: RootCertificates = None,
+    tls_key: ClientKey = None,
+    tls_cert: ClientCertificate = None,
+) -> None:
+    """Have a running server serve the repository's active version: no restart, no failed request."""
+    with controlled(url, control_token, timeout, token, tls, tls_ca, tls_key, tls_cert) as control:
+        served = switch(control, repository)
+    if as_json:
+        print_json({"repository": str(repository), "version": served, "served": served})
+        return
+    tell_how_to_switch(repository, served)
 
 
 @app.command(epilog="Example: [bold]stripwire classify face.png --url 127.0.0.1:8001 --resize[/bold]")
@@ -357,7 +522,7 @@ def evaluate(
 
 
 def repair_table(result: Export) -> Table:
-    """Return the table of an export's repair."""
+    """Return the table of an export's repair: its first and last steps, and the one that is kept."""
     repair = result.repair
     table = Table(title=f"Repair ({repair.stopped})")
     table.add_column("")
@@ -366,12 +531,31 @@ def repair_table(result: Export) -> Table:
     with_attack = repair.steps[0].attack_success is not None
     if with_attack:
         table.add_column("attack success", justify="right")
-    for row in repair.steps:
-        kept = row.name == repair.kept
-        cells = [f"{row.name}, kept" if kept else row.name, f"{row.pruned_share:.1%}", f"{row.clean_accuracy:.2%}"]
-        if row.attack_success is not None:
-            cells.append(f"{row.attack_success:.2%}")
-        table.add_row(*cells, style="bold" if kept else None)
+    kept = next(index for index, step in enumerate(repair.steps) if step.name == repair.kept)
+    shown = sorted({*range(min(_STEPS_SHOWN, len(repair.steps))), kept, len(repair.steps) - 1})
+    for before, index in zip([-1, *shown], shown, strict=False):
+        if index > before + 1:
+            table.add_row("…")
+        step = repair.steps[index]
+        cells = [f"{step.name}, kept" if index == kept else step.name]
+        cells += [f"{step.pruned_share:.1%}", f"{step.clean_accuracy:.2%}"]
+        if step.attack_success is not None:
+            cells.append(f"{step.attack_success:.2%}")
+        table.add_row(*cells, style="bold" if index == kept else None)
+    return table
+
+
+def scores_table(result: Export) -> Table:
+    """Return the table of what the repair did to the network."""
+    table = Table(title=f"What the repair did\n{_CAPTION}")
+    table.add_column("", no_wrap=True)
+    for heading in ("clean accuracy", "attack success", "recovered accuracy"):
+        table.add_column(heading, justify="right")
+    for name, scores in (("as it came", result.before), ("repaired", result.after)):
+        rates = (scores.clean_accuracy, scores.attack_success, scores.recovered_accuracy)
+        table.add_row(name, *(figure(rate) for rate in rates))
+    if result.before.attack_success is None:
+        table.caption = "attack success is not known without --attack"
     return table
 
 
@@ -406,16 +590,74 @@ def figure(rate: Proportion | None) -> str:
     return f"{100 * rate.rate:.1f} %\n{100 * rate.low:.1f}-{100 * rate.high:.1f}\nn={rate.count}"
 
 
+def switch(control: ModelControl | None, repository: Path) -> str | None:
+    """Have the server, if there is one to tell, serve the active version; return what it serves then."""
+    from exporter.publishing import locked
+    from model_repository.manifest import verify_repository
+
+    if control is None:
+        return None
+    with locked(repository), console.status("The server loads the version …"):
+        manifest = verify_repository(repository)
+        active: str = manifest["active"]
+        control.switch(active, manifest["versions"][active]["models"])
+    return active
+
+
+def tell_how_to_switch(repository: Path, served: str | None) -> None:
+    """Say what the server serves, or how a running one is told."""
+    if served is not None:
+        say(f"The server serves version {served}.")
+        return
+    say("A running server goes on with the version that it has until it is told:")
+    command("reload", repository, "--url", "127.0.0.1:8001")
+
+
+@contextmanager
+def controlled(
+    url: str | None,
+    control_token: str | None,
+    timeout: float,
+    token: str | None,
+    tls: bool,
+    ca: Path | None,
+    key: Path | None,
+    certificate: Path | None,
+) -> Iterator[ModelControl | None]:
+    """Yield control of the server at `url`, with access checked; None where there is no server to tell."""
+    if url is None:
+        yield None
+        return
+    from client.api import is_loopback
+    from client.control import ModelControl, control_headers
+    from deploy.embedded.control_file import read_control_token
+
+    if control_token is None and is_loopback(url):
+        control_token = read_control_token(url.rpartition(":")[2])
+    headers = control_headers(control_token)
+    with connect(url, timeout, token, tls, ca, key, certificate, headers) as client:
+        control = ModelControl(client)
+        control.check_access()
+        yield control
+
+
 @contextmanager
 def connect(
-    url: str, timeout: float, token: str | None, tls: bool, ca: Path | None, key: Path | None, certificate: Path | None
+    url: str,
+    timeout: float,
+    token: str | None,
+    tls: bool,
+    ca: Path | None,
+    key: Path | None,
+    certificate: Path | None,
+    headers: Mapping[str, str] | None = None,
 ) -> Iterator[GuardedClient]:
     """Yield a client with the connection options of the command line."""
     from client.api import GuardedClient, TlsOptions
 
     encrypted = tls or ca is not None or key is not None or certificate is not None
     options = TlsOptions(ca, key, certificate) if encrypted else None
-    with GuardedClient(url, timeout_seconds=timeout, token=token, tls=options) as client:
+    with GuardedClient(url, timeout_seconds=timeout, token=token, tls=options, headers=headers) as client:
         yield client
 
 

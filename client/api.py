@@ -44,6 +44,8 @@ OnProgress = Callable[[int, int], None]
 
 _T = TypeVar("_T")
 
+_NO_CONTROL = "explicit model load / unload is not allowed"  # what Triton says when nobody may
+
 _MAX_MESSAGE_BYTES = 2**31 - 1  # Triton's own limit
 _MAX_REQUEST_BYTES = 2**26  # 64 MiB: a few large images a request keep the window's memory bounded
 _BACKOFF = wait_exponential(multiplier=0.2, max=5.0) + wait_random(0.0, 0.2)  # seconds; random against herds
@@ -224,7 +226,7 @@ class GuardedClient:
         allow_plaintext_secrets: bool = False,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        is_local = _is_loopback(url)
+        is_local = is_loopback(url)
         if not (timeout_seconds > 0 and math.isfinite(timeout_seconds)):
             raise InputError(f"timeout_seconds: got {timeout_seconds}, expected a positive number")
         if retries < 0:
@@ -337,16 +339,25 @@ class GuardedClient:
         (answers,) = self._infer(about, images, _perturbations_input, outputs, on_progress)
         return answers[:, 0]
 
+    def ask(self, model: str, call: Callable[..., _T]) -> _T:
+        """Return `call(triton, headers=…, client_timeout=…)`: whatever else Triton's own client can do.
+
+        Args:
+            model: the model that it is about.
+            call: gets the `tritonclient.grpc.InferenceServerClient` and what to pass on to its method; called again
+                while the server is unavailable.
+
+        Raises:
+            ServerError: no usable answer; see the hierarchy in `detector.errors`.
+        """
+        return self._retrying(model, lambda left: call(self._triton, headers=self._headers, client_timeout=left))
+
     def _describe(self, model: str, input_name: str, datatype: str, output_name: str) -> ModelMetadata:
         """Ask for the model's shapes and batch size, and check them against the contract."""
         if model in self._described:
             return self._described[model]
-        told = self._retrying(
-            model, lambda left: self._triton.get_model_metadata(model, headers=self._headers, client_timeout=left)
-        )
-        configured = self._retrying(
-            model, lambda left: self._triton.get_model_config(model, headers=self._headers, client_timeout=left)
-        )
+        told = self.ask(model, lambda triton, **options: triton.get_model_metadata(model, **options))
+        configured = self.ask(model, lambda triton, **options: triton.get_model_config(model, **options))
         inputs = {tensor.name: tensor for tensor in told.inputs}
         outputs = {tensor.name: tensor for tensor in told.outputs}
         image = inputs.get(input_name)
@@ -481,6 +492,11 @@ class GuardedClient:
             message = f"model {model!r} refused the request: {said}"
         elif kind is AccessDeniedError:
             message = f"the server refused us ({said}); check the token, the headers and the client certificate"
+        elif status is grpc.StatusCode.FAILED_PRECONDITION and _NO_CONTROL in said:
+            message = (
+                f"the server lets nobody load models ({said}); it was started without --model-control-mode=explicit, "
+                "so restart it to have it serve another version"
+            )
         elif status is grpc.StatusCode.NOT_FOUND:
             message = f"the server has not loaded the model {model!r} ({said}); does it serve an exported repository?"
         elif status is grpc.StatusCode.UNIMPLEMENTED:
@@ -540,7 +556,7 @@ def _connect(url: str, tls: TlsOptions | None, *, use_proxy: bool) -> InferenceS
     return InferenceServerClient(url, creds=credentials, channel_args=options)
 
 
-def _is_loopback(url: str) -> bool:
+def is_loopback(url: str) -> bool:
     """Say whether `url` is on this machine; InputError where it is no gRPC address."""
     if re.fullmatch(r"unix:\S+", url):
         return True
@@ -623,9 +639,11 @@ def _status_of(error: InferenceServerException) -> grpc.StatusCode:
     """Return the gRPC status of an error; INTERNAL where there is none."""
     name = str(error.status() or "").rpartition(".")[2]
     status: grpc.StatusCode = grpc.StatusCode.__members__.get(name, grpc.StatusCode.INTERNAL)
-    # Triton's word for a missing key of a restricted protocol; trying again would not help.
-    if status is grpc.StatusCode.UNAVAILABLE and "protocol is restricted" in str(error.message()):
-        return grpc.StatusCode.PERMISSION_DENIED
+    if status is grpc.StatusCode.UNAVAILABLE:  # Triton's word for two refusals; trying again would not help
+        if "protocol is restricted" in str(error.message()):
+            return grpc.StatusCode.PERMISSION_DENIED
+        if _NO_CONTROL in str(error.message()):
+            return grpc.StatusCode.FAILED_PRECONDITION
     return status
 
 

@@ -8,9 +8,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from detector.errors import CalibrationError, InputError
 from detector.statistics import Proportion, frr_range
+
+METHODS = ("quantile", "normal", "fixed")
+"""How a threshold comes about: an order statistic, a fitted normal distribution, or as given."""
+
+_ONLY_IF_NORMAL = (
+    "the threshold reaches its target FRR only if clean entropies are normally distributed; the range is what the "
+    "calibration images say, on which it was fitted"
+)
 
 
 @dataclass(frozen=True)
@@ -19,13 +28,14 @@ class Calibration:
 
     Attributes:
         threshold_bits: inputs whose entropy is at or under it are rejected.
-        method: `quantile` (from a target FRR) or `fixed` (given by the user).
+        method: one of `METHODS`.
         target_frr: the false rejection rate asked for, 0..1; None when the threshold was given.
         calibration_frr: share of the calibration images that the threshold rejects. For `quantile` it is chosen on
             those very images, so it is not an estimate; `frr_low` and `frr_high` are the honest statement.
         frr_low: lower end of the 95 % range for the FRR on further clean images.
         frr_high: upper end of it.
         images: how many clean images the statement rests on.
+        note: what to know before relying on it; empty where the range is all there is to say.
     """
 
     threshold_bits: float
@@ -35,6 +45,50 @@ class Calibration:
     frr_low: float
     frr_high: float
     images: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ThresholdRule:
+    """How to choose the threshold.
+
+    Attributes:
+        method: one of `METHODS`; None is `fixed` with a threshold and `quantile` without.
+        target_frr: false rejection rate to aim at, 0 < target_frr < 1; not used by `fixed`.
+        threshold_bits: the threshold of `fixed`, in bits.
+
+    Raises:
+        InputError: a value makes no sense, or does not go with the method.
+    """
+
+    method: str | None = None
+    target_frr: float = 0.05
+    threshold_bits: float | None = None
+
+    def __post_init__(self) -> None:
+        check_target_frr(self.target_frr)
+        if self.threshold_bits is not None:
+            check_threshold(self.threshold_bits)
+        if self.method not in (None, *METHODS):
+            raise InputError(f"calibration method: got {self.method!r}, expected one of {', '.join(METHODS)}")
+        if self.method is not None and (self.method == "fixed") != (self.threshold_bits is not None):
+            raise InputError(
+                f"calibration method: got {self.method} with threshold {self.threshold_bits}, expected a threshold "
+                "with fixed and with no other method"
+            )
+
+    @property
+    def least_images(self) -> int:
+        """How many clean calibration images it needs at least."""
+        by_order = self.method != "normal" and self.threshold_bits is None
+        return least_images(self.target_frr) if by_order else 2
+
+    def threshold_of(self, entropies: NDArray[np.floating[Any]]) -> Calibration:
+        """Choose the threshold on clean calibration entropies, (images,), in bits; see the function of each method."""
+        if self.threshold_bits is not None:
+            return fixed_threshold(entropies, self.threshold_bits)
+        choose = normal_threshold if self.method == "normal" else calibrate
+        return choose(entropies, self.target_frr)
 
 
 def calibrate(entropies: NDArray[np.floating[Any]], target_frr: float) -> Calibration:
@@ -56,7 +110,7 @@ def calibrate(entropies: NDArray[np.floating[Any]], target_frr: float) -> Calibr
     check_target_frr(target_frr)
     _check_finite(entropies)
     count = len(entropies)
-    rank = math.floor(target_frr * (count + 1) + 1e-9)
+    rank = quantile_rank(target_frr, count)
     if rank < 1:
         needed = least_images(target_frr)
         raise CalibrationError(
@@ -76,9 +130,49 @@ def calibrate(entropies: NDArray[np.floating[Any]], target_frr: float) -> Calibr
     return Calibration(threshold, "quantile", target_frr, rejected / count, low, high, count)
 
 
+def quantile_rank(target_frr: float, count: int) -> int:
+    """Return which of `count` clean entropies, counted from the lowest, is the threshold; 0 where they are too few."""
+    return math.floor(target_frr * (count + 1) + 1e-9)
+
+
 def least_images(target_frr: float) -> int:
-    """Return how many clean calibration images a target FRR needs at least."""
+    """Return how many clean calibration images the order statistic needs for a target FRR."""
     return math.ceil(1 / target_frr - 1 - 1e-9)
+
+
+def normal_threshold(entropies: NDArray[np.floating[Any]], target_frr: float) -> Calibration:
+    """Choose the threshold as STRIP's authors do: the quantile of a normal distribution fitted to clean entropies.
+
+    `mean + z * standard deviation`, with z the standard normal's quantile at the target FRR and the maximum-likelihood
+    standard deviation (Gao et al., ACSAC 2019, section 4.3). Entropies are bounded and often skewed, so nothing is
+    promised: the range returned is the exact 95 % interval of the share that it rejects of these very images.
+
+    Args:
+        entropies: of clean calibration images, (images,), in bits.
+        target_frr: false rejection rate to aim at, 0 < target_frr < 1.
+
+    Raises:
+        InputError: `target_frr` is outside (0, 1).
+        CalibrationError: fewer than two images, entropies that are all the same or not finite, or a threshold of at
+            most zero, which would accept everything.
+    """
+    check_target_frr(target_frr)
+    _check_finite(entropies)
+    mean, deviation = float(np.mean(entropies, dtype=np.float64)), float(np.std(entropies, dtype=np.float64))
+    if deviation == 0.0:
+        raise CalibrationError(
+            f"calibration: {len(entropies)} clean images have no two different entropies (all {mean:.6g} bits), so no "
+            "normal distribution fits; give more clean images, or use the method quantile"
+        )
+    threshold = mean + float(stats.norm.ppf(target_frr)) * deviation
+    if threshold <= 0.0:
+        raise CalibrationError(
+            f"calibration: a normal distribution with mean {mean:.4g} and standard deviation {deviation:.4g} bits puts "
+            f"the threshold for a target FRR of {target_frr:g} at {threshold:.4g} bits, expected a positive one: no "
+            "entropy is lower, so every input would be accepted. Use the method quantile, or a higher target FRR"
+        )
+    frr = _rejected_by(threshold, entropies)
+    return Calibration(threshold, "normal", target_frr, frr.rate, frr.low, frr.high, frr.count, _ONLY_IF_NORMAL)
 
 
 def fixed_threshold(entropies: NDArray[np.floating[Any]], threshold_bits: float) -> Calibration:
@@ -94,7 +188,7 @@ def fixed_threshold(entropies: NDArray[np.floating[Any]], threshold_bits: float)
     """
     check_threshold(threshold_bits)
     _check_finite(entropies)
-    frr = Proportion(int(np.count_nonzero(entropies <= threshold_bits)), len(entropies))
+    frr = _rejected_by(threshold_bits, entropies)
     return Calibration(float(threshold_bits), "fixed", None, frr.rate, frr.low, frr.high, frr.count)
 
 
@@ -110,6 +204,10 @@ def check_threshold(threshold_bits: float) -> None:
     """Raise InputError unless `threshold_bits` is finite and not negative."""
     if not (math.isfinite(threshold_bits) and threshold_bits >= 0.0):
         raise InputError(f"threshold: got {threshold_bits} bits, expected a finite number of at least 0")
+
+
+def _rejected_by(threshold_bits: float, entropies: NDArray[np.floating[Any]]) -> Proportion:
+    return Proportion(int(np.count_nonzero(entropies <= threshold_bits)), len(entropies))
 
 
 def _check_finite(entropies: NDArray[np.floating[Any]]) -> None:

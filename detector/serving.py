@@ -20,6 +20,9 @@ from detector.strip import Array, entropy_bits, guarded_labels, is_trojaned, per
 
 MODES = ("block", "shadow")
 
+CONTROL_KEY = "stripwire-control"
+"""What the secret is called without which a server loads no model."""
+
 
 class Stage:
     """Runs an array function over all requests of a Triton batch.
@@ -95,13 +98,8 @@ def perturb_stage(args: dict[str, str], pb_utils: Any) -> Stage:
         RepositoryError: the overlays are missing or malformed; Triton then refuses to load the model.
     """
     xp = _array_namespace(args)
-    path = _version_folder(args) / "overlays.npz"
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            overlays, alpha = stored["overlays"], float(stored["alpha"])
-        weighted = xp.asarray(weighted_overlays(overlays, alpha))
-    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise RepositoryError(f"{path}: cannot be used as overlays ({error}); export the model again") from error
+    overlays, alpha = read_overlays(_version_folder(args))
+    weighted = xp.asarray(weighted_overlays(overlays, alpha))
     return Stage(pb_utils, ["image"], ["perturbations"], lambda images: [perturb(images, weighted, alpha, xp=xp)], xp)
 
 
@@ -130,7 +128,7 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     Raises:
         RepositoryError: no usable calibration or mode; Triton then refuses to load the model.
     """
-    threshold_bits = _threshold_bits(_version_folder(args) / "calibration.json")
+    threshold_bits = read_threshold_bits(_version_folder(args))
     parameters = json.loads(args["model_config"])["parameters"]
     mode = parameters.get("mode", {}).get("string_value")
     if mode not in MODES:
@@ -147,7 +145,29 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     return Stage(pb_utils, inputs, ["label", "trojaned", "entropy", "probabilities"], compute)
 
 
-def _threshold_bits(path: Path) -> float:
+def read_overlays(folder: Path) -> tuple[Array, float]:
+    """Return the overlays in a version folder of `strip_perturb`, and their alpha; see `weighted_overlays`.
+
+    Raises:
+        RepositoryError: they are missing or malformed.
+    """
+    path = folder / "overlays.npz"
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            overlays, alpha = stored["overlays"], float(stored["alpha"])
+        weighted_overlays(overlays[:1], alpha)  # which says what is wrong with them
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise RepositoryError(f"{path}: cannot be used as overlays ({error}); export the model again") from error
+    return overlays, alpha
+
+
+def read_threshold_bits(folder: Path) -> float:
+    """Return the threshold in a version folder of `strip_verdict`, in bits.
+
+    Raises:
+        RepositoryError: it is missing or malformed.
+    """
+    path = folder / "calibration.json"
     try:
         threshold_bits = float(json.loads(path.read_text(encoding="utf-8"))["threshold_bits"])
     except (OSError, KeyError, TypeError, ValueError) as error:

@@ -65,10 +65,8 @@ def check_writable(target: Path) -> None:
 
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Let only one process at a time change `target`; others wait."""
+    """Let only one process at a time change `target`, or tell a server of it; others wait. Its parent must exist."""
     target = target.resolve()
-    check_writable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(target.parent, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.resources
 import json
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,10 @@ from tritonclient.grpc.model_config_pb2 import (
 )
 
 from detector.calibration import Calibration
-from detector.errors import InputError
+from detector.errors import InputError, RepositoryError
 from detector.serving import MODES
 from exporter.publishing import check_writable, locked, staged_folder
-from model_repository.manifest import latest_version, verify_repository, write_manifest
+from model_repository.manifest import MODELS, next_version, verify_repository, write_manifest
 
 MAX_BATCH_SIZE = 64
 MAX_QUEUE_DELAY_MICROSECONDS = 500
@@ -67,32 +69,49 @@ class ServedModel:
         return self.overlays.shape[1:]
 
 
-def check_output(output: Path, image_shape: tuple[int, ...], classes: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Recalibrated:
+    """What a re-calibration changes of a version; the networks, and what is not named here, stay as they are.
+
+    Attributes:
+        calibration: the new threshold and what it rests on.
+        overlays: new overlays, (perturbations, height, width, channels), uint8; None keeps those of the version,
+            their `alpha` with them.
+        alpha: weight of the input in the blend, which goes with `overlays`.
+        provenance: what the manifest says about where this version came from.
+    """
+
+    calibration: Calibration
+    overlays: NDArray[np.uint8] | None
+    alpha: float
+    provenance: dict[str, Any]
+
+
+def check_output(output: Path, image_shape: tuple[int, ...], classes: int) -> dict[str, Any] | None:
     """Check, before any long work, that a version with this contract can be written to `output`.
 
     Returns:
-        The versions that are there, by number; none where the repository is to be new.
+        The manifest of the repository that is there; None where it is to be new.
 
     Raises:
         InputError: `output` is no model repository, or serves images of another shape or another number of classes.
     """
     check_writable(output)
     if not output.exists() or not any(output.iterdir()):
-        return {}
+        return None
     manifest = verify_repository(output)
-    versions: dict[str, Any] = manifest["versions"]
-    contract = versions[latest_version(manifest)]["contract"]
-    wanted = {"image_shape": list(image_shape), "classes": classes}
+    contract = manifest["versions"][manifest["active"]]["contract"]
+    wanted = _contract(image_shape, classes)
     if contract != wanted:
         raise InputError(
             f"{output}: serves images of {contract['image_shape']} in {contract['classes']} classes, got a network for "
             f"{wanted['image_shape']} in {classes}; a new version keeps the contract, so choose another folder"
         )
-    return versions
+    return manifest
 
 
 def write_repository(output: Path, served: ServedModel) -> str:
-    """Write `served` to `output`: a new repository, or a new version of the one that is there.
+    """Write `served` to `output`: a new repository, or a new version of the one that is there, and make it active.
 
     What appears, appears whole; versions that were there stay as they are.
 
@@ -102,27 +121,113 @@ def write_repository(output: Path, served: ServedModel) -> str:
     Raises:
         InputError: see `check_output`.
     """
+    check_writable(output)
+    output.resolve().parent.mkdir(parents=True, exist_ok=True)
     with locked(output):
-        return _write_locked(output, served)
+        manifest = check_output(output, served.image_shape, served.classes)
+        versions = {} if manifest is None else manifest["versions"]
+        number = next_version(versions)
+        versions[number] = {
+            "contract": _contract(served.image_shape, served.classes),
+            "models": dict.fromkeys(MODELS, int(number)),
+            "previous": None if manifest is None else manifest["active"],
+            **served.provenance,
+        }
+        with _replaced(output, versions, number) as staged:
+            _write_networks(staged, number, served)
+            _write_overlays(staged, number, served.overlays, served.alpha)
+            _write_calibration(staged, number, served.calibration)
+            _write_ensemble(staged, number)
+    return number
 
 
-def _write_locked(output: Path, served: ServedModel) -> str:
-    versions = check_output(output, served.image_shape, served.classes)
-    version = str(max((int(number) for number in versions), default=0) + 1)
-    with staged_folder(output, replace=True) as staged:
-        if versions:
-            shutil.copytree(output, staged, dirs_exist_ok=True)
-        _write_version(staged, version, served)
-        for config in model_configs(served.image_shape, served.classes):
-            _write_text(staged / config.name / "config.pbtxt", render(config))
+def write_recalibration(repository: Path, base: str, changed: Recalibrated) -> str:
+    """Write a version that differs from version `base` by its calibration, and make it active.
+
+    Only the models concerned get a new version; the others, the networks among them, are shared with `base`.
+
+    Returns:
+        The number of the version written.
+
+    Raises:
+        RepositoryError: `repository` cannot be used, or another version became active since `base` was read.
+    """
+    check_writable(repository)
+    with locked(repository):
+        manifest = verify_repository(repository)
+        versions = manifest["versions"]
+        if manifest["active"] != base:
+            raise RepositoryError(
+                f"{repository}: version {manifest['active']} became active while version {base} was calibrated again; "
+                "nothing was written, run it again"
+            )
+        number = next_version(versions)
+        renewed = ["guarded", "strip_verdict"] + ([] if changed.overlays is None else ["strip_perturb"])
+        versions[number] = {
+            "contract": versions[base]["contract"],
+            "models": versions[base]["models"] | dict.fromkeys(renewed, int(number)),
+            "previous": base,
+            **changed.provenance,
+        }
+        with _replaced(repository, versions, number) as staged:
+            if changed.overlays is not None:
+                _write_overlays(staged, number, changed.overlays, changed.alpha)
+            _write_calibration(staged, number, changed.calibration)
+            _write_ensemble(staged, number)
+    return number
+
+
+def activate(repository: Path, version: str | None = None) -> str:
+    """Make a version of the repository the active one; all versions stay.
+
+    Args:
+        repository: the model repository.
+        version: the number of the version; None for the one that was active when the active one was written.
+
+    Returns:
+        The number of the version that is active now.
+
+    Raises:
+        InputError: there is no such version, or none before the active one.
+        RepositoryError: `repository` cannot be used.
+    """
+    check_writable(repository)
+    with locked(repository):
+        manifest = verify_repository(repository)
+        versions, active = manifest["versions"], manifest["active"]
+        wanted = versions[active]["previous"] if version is None else version
+        if wanted is None:
+            raise InputError(
+                f"{repository}: version {active}, which is active, was the first, expected one with a version before "
+                f"it; name one of {', '.join(versions)}"
+            )
+        if wanted not in versions:
+            raise InputError(f"{repository}: got version {wanted!r}, expected one of {', '.join(versions)}")
+        if wanted != active:
+            with _replaced(repository, versions, wanted):
+                pass  # the configs are all that differs
+        return str(wanted)
+
+
+@contextmanager
+def _replaced(repository: Path, versions: dict[str, Any], active: str) -> Iterator[Path]:
+    """Yield a copy of `repository` to add files to, which replaces it in one step and then serves version `active`."""
+    with staged_folder(repository, replace=True) as staged:
+        if repository.exists():
+            shutil.copytree(repository, staged, dirs_exist_ok=True)
+        yield staged
+        contract, models = versions[active]["contract"], versions[active]["models"]
+        for config in model_configs(tuple(contract["image_shape"]), contract["classes"], models):
+            _write_config(staged / config.name / "config.pbtxt", config)
             if "mode" in config.parameters:
                 for mode in _MODES_BESIDE_DEFAULT:
                     config.parameters["mode"].string_value = mode
-                    _write_text(staged / config.name / "configs" / f"{mode}.pbtxt", render(config))
-        contract = {"image_shape": list(served.image_shape), "classes": served.classes}
-        versions[version] = {"contract": contract, **served.provenance}
-        write_manifest(staged, versions)
-    return version
+                    _write_config(staged / config.name / "configs" / f"{mode}.pbtxt", config)
+        write_manifest(staged, versions, active)
+
+
+def _contract(image_shape: tuple[int, ...], classes: int) -> dict[str, Any]:
+    return {"image_shape": list(image_shape), "classes": classes}
 
 
 def render(config: ModelConfig) -> str:
@@ -130,12 +235,15 @@ def render(config: ModelConfig) -> str:
     return text_format.MessageToString(config)
 
 
-def model_configs(image_shape: tuple[int, ...], classes: int) -> list[ModelConfig]:
+def model_configs(image_shape: tuple[int, ...], classes: int, models: Mapping[str, int]) -> list[ModelConfig]:
     """Return the configs of all six models; the batch dimension is implied by `max_batch_size`.
+
+    The ensemble names the version of every model behind it, so that one response never mixes two versions.
 
     Args:
         image_shape: (height, width, channels).
         classes: how many classes the networks know.
+        models: the version of each model that is to be served; no other is loaded.
     """
     image = ("image", TYPE_UINT8, list(image_shape))
     # The number of perturbations is a version's own: -1 keeps it out of the configs, which all versions share.
@@ -163,7 +271,7 @@ def model_configs(image_shape: tuple[int, ...], classes: int) -> list[ModelConfi
         guarded.ensemble_scheduling.step.append(
             ModelEnsembling.Step(
                 model_name=name,
-                model_version=-1,
+                model_version=models[name],
                 input_map={tensor: tensor for tensor in inputs},
                 output_map={tensor: tensor for tensor in outputs},
             )
@@ -172,7 +280,7 @@ def model_configs(image_shape: tuple[int, ...], classes: int) -> list[ModelConfi
         "strip_verdict", [sentinel_entropy, repaired_probabilities], public, backend="python", image_sized=False
     )
     verdict.parameters["mode"].CopyFrom(ModelParameter(string_value="block"))
-    return [
+    configs = [
         guarded,
         _config("strip_perturb", [image], [perturbations], backend="python"),
         _config("badnet", [perturbations], [sentinel_probabilities], platform="onnxruntime_onnx"),
@@ -180,6 +288,9 @@ def model_configs(image_shape: tuple[int, ...], classes: int) -> list[ModelConfi
         _config("repaired", [image], [repaired_probabilities], platform="onnxruntime_onnx"),
         verdict,
     ]
+    for config in configs:
+        config.version_policy.specific.versions.append(models[config.name])
+    return configs
 
 
 _Tensor = tuple[str, Any, list[int]]
@@ -213,28 +324,45 @@ def _config(
     return config
 
 
-def _write_version(repository: Path, version: str, served: ServedModel) -> None:
-    onnx_folders = {name: _version_folder(repository, name, version) for name in ("badnet", "repaired")}
-    onnx.save(served.badnet, onnx_folders["badnet"] / "model.onnx")
-    onnx.save(served.repaired, onnx_folders["repaired"] / "model.onnx")
-    shells = importlib.resources.files("model_repository")
-    for name in ("strip_perturb", "strip_entropy", "strip_verdict"):
-        folder = _version_folder(repository, name, version)
-        (folder / "model.py").write_bytes((shells / name / "model.py").read_bytes())
-        _write_text(folder / "__pycache__", _NO_BYTECODE)
-    np.savez(repository / "strip_perturb" / version / "overlays.npz", overlays=served.overlays, alpha=served.alpha)
-    _write_text(
-        repository / "strip_verdict" / version / "calibration.json",
-        json.dumps(asdict(served.calibration), indent=2) + "\n",
-    )
+def _write_networks(repository: Path, version: str, served: ServedModel) -> None:
+    for name, graph in (("badnet", served.badnet), ("repaired", served.repaired)):
+        onnx.save(graph, _version_folder(repository, name, version) / "model.onnx")
+    _python_version(repository, "strip_entropy", version)
+
+
+def _write_overlays(repository: Path, version: str, overlays: NDArray[np.uint8], alpha: float) -> None:
+    np.savez(_python_version(repository, "strip_perturb", version) / "overlays.npz", overlays=overlays, alpha=alpha)
+
+
+def _write_calibration(repository: Path, version: str, calibration: Calibration) -> None:
+    folder = _python_version(repository, "strip_verdict", version)
+    _write_text(folder / "calibration.json", json.dumps(asdict(calibration), indent=2) + "\n")
+
+
+def _write_ensemble(repository: Path, version: str) -> None:
     # Triton wants a version folder even for an ensemble, and object stores keep no empty ones.
     _write_text(_version_folder(repository, "guarded", version) / ".keep", "")
+
+
+def _python_version(repository: Path, name: str, version: str) -> Path:
+    folder = _version_folder(repository, name, version)
+    shell = importlib.resources.files("model_repository") / name / "model.py"
+    (folder / "model.py").write_bytes(shell.read_bytes())
+    _write_text(folder / "__pycache__", _NO_BYTECODE)
+    return folder
 
 
 def _version_folder(repository: Path, name: str, version: str) -> Path:
     folder = repository / name / version
     folder.mkdir(parents=True)
     return folder
+
+
+def _write_config(path: Path, config: ModelConfig) -> None:
+    """Write a config where it differs from what is there: a running Triton loads models anew whose files are newer."""
+    text = render(config)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        _write_text(path, text)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from detector.errors import RepositoryError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 MODELS = ("guarded", "strip_perturb", "badnet", "strip_entropy", "repaired", "strip_verdict")
-"""Every model of the served graph; each version holds all of them."""
+"""Every model of the served graph. A version consists of one version of each; it may share some with others."""
 
 
 def sha256_of(path: Path) -> str:
@@ -26,15 +27,18 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(repository: Path, versions: dict[str, Any]) -> None:
+def write_manifest(repository: Path, versions: dict[str, Any], active: str) -> None:
     """Write `manifest.json` over all files that lie in `repository` now.
 
     Args:
         repository: the model repository, complete but for its manifest.
-        versions: the provenance of each version, by version number.
+        versions: by version number, what each version is: `models`, the version number of each model that it consists
+            of; `previous`, the version that was active when it was written, None for the first; `contract`; and where
+            it came from.
+        active: the version that the configs in `repository` have Triton serve.
     """
     files = {name: sha256_of(repository / name) for name in sorted(_files(repository))}
-    manifest = {"format": FORMAT, "versions": versions, "files": files}
+    manifest = {"format": FORMAT, "active": active, "versions": versions, "files": files}
     text = json.dumps(manifest, indent=2, sort_keys=False) + "\n"
     (repository / MANIFEST_NAME).write_text(text, encoding="utf-8")
 
@@ -65,13 +69,17 @@ def read_manifest(repository: Path) -> dict[str, Any]:
     if not (isinstance(files, dict) and isinstance(versions, dict) and versions):
         raise RepositoryError(f"{path}: lists no files or versions; export the repository again")
     for number, version in versions.items():
-        if not (number.isascii() and number.isdigit() and isinstance(version, dict) and "contract" in version):
+        if not (number.isascii() and number.isdigit() and _is_version(version, versions)):
             raise RepositoryError(f"{path}: version {number!r} is malformed; export the repository again")
-        incomplete = [model for model in MODELS if not any(name.startswith(f"{model}/{number}/") for name in files)]
+        parts = [f"{model}/{version['models'][model]}/" for model in MODELS]
+        incomplete = [part for part in parts if not any(name.startswith(part) for name in files)]
         if incomplete:
             raise RepositoryError(
                 f"{path}: version {number} lacks {', '.join(incomplete)}; export the repository again"
             )
+    active = manifest.get("active")
+    if not (isinstance(active, str) and active in versions):
+        raise RepositoryError(f"{path}: active version {active!r} is none of its own; export the repository again")
     return manifest
 
 
@@ -98,10 +106,18 @@ def verify_repository(repository: Path) -> dict[str, Any]:
     return manifest
 
 
-def latest_version(manifest: dict[str, Any]) -> str:
-    """Return the highest version number in `manifest`, the one that Triton serves."""
-    versions: dict[str, Any] = manifest["versions"]
-    return max(versions, key=int)
+def next_version(versions: Mapping[str, Any]) -> str:
+    """Return the number of the version to come: no number is given twice, whatever is active."""
+    return str(max(map(int, versions), default=0) + 1)
+
+
+def _is_version(version: Any, versions: dict[str, Any]) -> bool:
+    """Say whether a version's entry has what the rest of Stripwire reads from it."""
+    if not (isinstance(version, dict) and isinstance(version.get("models"), dict) and "contract" in version):
+        return False
+    models = version["models"]
+    known = version.get("previous", "") in (None, *versions)
+    return known and models.keys() == set(MODELS) and all(type(number) is int for number in models.values())
 
 
 def _digest(path: Path) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -13,16 +15,19 @@ import pytest
 from PIL import Image
 
 import stripwire
+from client.api import GuardedClient
 from deploy.embedded.server import EmbeddedTriton
-from detector.serving import MODES
+from detector.calibration import METHODS
+from detector.serving import MODES, read_threshold_bits
 from exporter.augmentation import AUGMENTATIONS
 from exporter.keras_files import ARCHITECTURES
+from exporter.overlays import OVERLAY_CHOICES
 from exporter.preprocessing import SCALES
 from exporter.repair import REPAIRS
 from samples.hdf5 import read_hdf5
 from samples.triggers import TRIGGERS
 
-COMMANDS = ("demo", "train-badnet", "export", "serve", "classify", "evaluate")
+COMMANDS = ("demo", "train-badnet", "export", "serve", "calibrate", "rollback", "reload", "classify", "evaluate")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -165,4 +170,94 @@ def test_the_choices_of_the_command_line_are_those_of_the_packages() -> None:
     assert get_args(stripwire.RepairMethod) == REPAIRS
     assert get_args(stripwire.Augment) == tuple(AUGMENTATIONS)
     assert get_args(stripwire.Mode) == MODES
+    assert get_args(stripwire.CalibrationMethod) == METHODS
+    assert get_args(stripwire.OverlayChoice) == OVERLAY_CHOICES
     assert get_args(stripwire.Architecture) == tuple(ARCHITECTURES)
+
+
+@pytest.fixture
+def live(repository: Path, tmp_path: Path) -> Iterator[EmbeddedTriton]:
+    """Return a server on a repository of its own."""
+    shutil.copytree(repository, tmp_path / "live")
+    with EmbeddedTriton(tmp_path / "live") as running:
+        yield running
+
+
+def served_version(server: EmbeddedTriton) -> str:
+    with GuardedClient(server.grpc_address) as client:
+        (version,) = client.metadata().versions
+    return version
+
+
+def test_a_live_server_is_calibrated_again_and_rolled_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], live: EmbeddedTriton, badnet: Path
+) -> None:
+    images = read_hdf5(badnet / "clean_test_data.h5").images
+    with GuardedClient(live.grpc_address) as client:
+        before = client.classify(images).entropy_bits
+        clean, url = badnet / "clean_validation_data.h5", ("--url", live.grpc_address)
+        options = ("--target-frr", "0.1", "--overlays", "4", "--overlay-choice", "greedy", "--alpha", "0.6")
+        assert run(monkeypatch, "calibrate", live.repository, "--clean", clean, *options, *url) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "is active in place of 1" in said
+        assert "The server serves version 2." in said
+        assert served_version(live) == "2"
+        calibrated = client.classify(images)
+        threshold = read_threshold_bits(live.repository / "strip_verdict" / "2")
+        np.testing.assert_array_equal(calibrated.trojaned, calibrated.entropy_bits <= threshold)
+        assert not np.allclose(calibrated.entropy_bits, before)
+        assert run(monkeypatch, "rollback", live.repository, "--json", *url) == 0
+        rolled_back = json.loads(capsys.readouterr().out)
+        assert rolled_back == {"repository": str(live.repository), "version": "1", "served": "1"}
+        np.testing.assert_allclose(client.classify(images).entropy_bits, before, atol=1e-5)
+
+
+def test_without_a_server_to_tell_the_command_says_how(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], live: EmbeddedTriton, badnet: Path
+) -> None:
+    clean = ("--clean", badnet / "clean_validation_data.h5", "--keep-overlays", "--calibration-method", "normal")
+    assert run(monkeypatch, "calibrate", live.repository, *clean) == 0
+    said = capsys.readouterr()
+    assert f"reload {live.repository} --url 127.0.0.1:8001" in said.out
+    assert "warning: the threshold reaches its target FRR only if" in " ".join(said.err.split())
+    assert served_version(live) == "1"
+    assert run(monkeypatch, "reload", live.repository, "--url", live.grpc_address) == 0
+    assert served_version(live) == "2"
+    assert run(monkeypatch, "rollback", live.repository) == 0
+    assert f"reload {live.repository}" in capsys.readouterr().out
+    assert served_version(live) == "2"
+    assert run(monkeypatch, "rollback", live.repository, "--to", "2", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"repository": str(live.repository), "version": "2", "served": None}
+
+
+def test_a_stranger_changes_nothing_not_even_the_repository(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    live: EmbeddedTriton,
+    badnet: Path,
+    tmp_path: Path,
+) -> None:
+    before = (live.repository / "manifest.json").read_bytes()
+    url = ("--url", live.grpc_address)
+    clean = ("--clean", badnet / "clean_validation_data.h5")
+    wrong = ("--control-token", "a-wrong-one-of-some-length")
+    assert run(monkeypatch, "calibrate", live.repository, *clean, *url, *wrong) == 1
+    assert "the control token is missing or wrong" in capsys.readouterr().err
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # as if it were another user
+    assert run(monkeypatch, "rollback", live.repository, *url) == 1
+    assert "--control-token or STRIPWIRE_CONTROL_TOKEN" in capsys.readouterr().err
+    assert (live.repository / "manifest.json").read_bytes() == before
+    monkeypatch.setenv("STRIPWIRE_CONTROL_TOKEN", live.control_token)
+    assert run(monkeypatch, "calibrate", live.repository, *clean, *url, "--threshold-bits", "0.25") == 0
+    assert served_version(live) == "2"
+
+
+def test_a_repository_that_was_altered_is_not_loaded_into_a_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], live: EmbeddedTriton, badnet: Path
+) -> None:
+    assert run(monkeypatch, "calibrate", live.repository, "--clean", badnet / "clean_validation_data.h5") == 0
+    (live.repository / "strip_perturb" / "2" / "model.py").write_text("import os")
+    capsys.readouterr()
+    assert run(monkeypatch, "reload", live.repository, "--url", live.grpc_address) == 2
+    assert "strip_perturb/2/model.py was altered" in capsys.readouterr().err
+    assert served_version(live) == "1"

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -27,14 +28,16 @@ from uuid import uuid4
 
 import psutil
 
+from deploy.embedded.control_file import write_control_token
 from detector.errors import InputError, ServerError, ServerStartError, SetupError
-from detector.serving import MODES
+from detector.serving import CONTROL_KEY, MODES
 from model_repository.manifest import verify_repository
 
 _BACKENDS = Path(__file__).parent / "backends"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  the place where Triton's Python backend keeps its regions, not a temp file
 _WORK_PREFIX = "stripwire-triton-"
 _LOOPBACK = "127.0.0.1"
+_RESTRICTED = f"model-repository,logging,trace:{CONTROL_KEY}"
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,8 @@ class EmbeddedTriton:
         http_port: port of HTTP, 0 for a free one. Likewise `grpc_port` and `metrics_port`.
         grpc_port: port of gRPC.
         metrics_port: port of the Prometheus metrics.
+        control_token: what a caller must know to have the server load another version; None for a random one. It is
+            left in a file that this user alone can read, see `deploy.embedded.control_file`.
         startup_timeout_seconds: how long the models may take to load.
 
     Raises:
@@ -197,12 +202,17 @@ class EmbeddedTriton:
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
+        control_token: str | None = None,
         startup_timeout_seconds: float = 120.0,
     ) -> None:
         if mode not in MODES:
             raise InputError(f"mode: got {mode!r}, expected one of {', '.join(MODES)}")
         if not host:
             raise InputError("host: got nothing, expected an address of this machine such as 127.0.0.1")
+        if control_token is not None and not re.fullmatch(r"[A-Za-z0-9_.~-]{16,}", control_token):
+            # Triton takes it as part of a longer option, in which other characters mean something.
+            raise InputError("control token: expected at least 16 letters, digits or any of _ . ~ -")
+        self.control_token = secrets.token_urlsafe(32) if control_token is None else control_token
         self.repository = repository.resolve()
         self.mode = mode
         self.host = host
@@ -210,6 +220,7 @@ class EmbeddedTriton:
         self._startup_timeout_seconds = startup_timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._work_folder: Path | None = None
+        self._token_file: Path | None = None
         self.region_prefix = f"stripwire-{uuid4().hex[:12]}-"
 
     @property
@@ -250,6 +261,7 @@ class EmbeddedTriton:
         _sweep_work_folders()
         self._work_folder = Path(tempfile.mkdtemp(prefix=f"{_WORK_PREFIX}{os.getpid()}-"))
         try:
+            self._token_file = write_control_token(self._ports["gRPC"], self.control_token)
             self._launch(triton, self._work_folder)
             self._wait_until_ready()
         except BaseException:
@@ -284,6 +296,9 @@ class EmbeddedTriton:
                     survivor.kill()
         for region in _SHARED_MEMORY.glob(f"{self.region_prefix}*"):
             region.unlink(missing_ok=True)
+        token_file, self._token_file = self._token_file, None
+        if token_file is not None:
+            token_file.unlink(missing_ok=True)
         folder, self._work_folder = self._work_folder, None
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -320,6 +335,11 @@ class EmbeddedTriton:
             f"--metrics-port={self._ports['metrics']}",
             "--allow-gpu-metrics=false",
             "--exit-timeout-secs=10",
+            # Versions are switched by asking for it. Whoever may load a model may run code: only with the token.
+            "--model-control-mode=explicit",
+            "--load-model=guarded",  # and what it consists of
+            f"--grpc-restricted-protocol={_RESTRICTED}={self.control_token}",
+            f"--http-restricted-api={_RESTRICTED}={self.control_token}",
         ]
         if self.mode != "block":
             command.append(f"--model-config-name={self.mode}")
@@ -336,6 +356,7 @@ class EmbeddedTriton:
     def _wait_until_ready(self) -> None:
         process = self._process
         assert process is not None  # noqa: S101  started just before
+        hidden = False
         deadline = time.monotonic() + self._startup_timeout_seconds
         while time.monotonic() < deadline:
             if process.poll() is not None:
@@ -343,6 +364,9 @@ class EmbeddedTriton:
                 raise ServerStartError(
                     f"tritonserver ended with status {status} while starting:\n{error_lines(self.server_log())}"
                 )
+            if not hidden and self.server_log():  # it has read its options
+                _hide_argument(process.pid, self.control_token)
+                hidden = True
             if self._answers_ready():
                 return
             time.sleep(0.1)
@@ -359,6 +383,21 @@ class EmbeddedTriton:
                 return int(answer.status) == 200
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return False
+
+
+def _hide_argument(process_id: int, secret: str) -> None:
+    """Overwrite `secret` in a child's command line, which every user of the machine can read.
+
+    Triton takes it in no other way. Where the kernel does not let us, the command line stays as it is.
+    """
+    with contextlib.suppress(OSError):
+        after_name = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+        start, end = int(after_name[45]), int(after_name[46])  # arg_start and arg_end, proc(5)
+        with Path(f"/proc/{process_id}/mem").open("r+b", buffering=0) as memory:
+            memory.seek(start)
+            arguments = memory.read(end - start)
+            memory.seek(start)
+            memory.write(arguments.replace(secret.encode(), b"*" * len(secret)))
 
 
 def _sweep_work_folders() -> None:

@@ -423,6 +423,15 @@ def test_a_model_that_is_not_loaded_is_said_so(client: GuardedClient, server: Se
         client.original_probabilities(images_of([1]))
 
 
+def test_a_server_without_model_control_is_named_at_once(client: GuardedClient, server: Server) -> None:
+    said = "explicit model load / unload is not allowed if polling is enabled"
+    server.metadata_failures.append((grpc.StatusCode.UNAVAILABLE, said))
+    with pytest.raises(ServerError, match="started without --model-control-mode=explicit") as caught:
+        client.ask("guarded", lambda triton, **options: triton.get_model_metadata("guarded", **options))
+    assert type(caught.value) is ServerError
+    assert server.metadata_calls == 1  # trying again would not help
+
+
 def test_a_restricted_protocol_is_a_matter_of_credentials(client: GuardedClient, server: Server) -> None:
     said = "This protocol is restricted, expecting header 'triton-grpc-protocol-key'"
     server.failures.append((grpc.StatusCode.UNAVAILABLE, said))

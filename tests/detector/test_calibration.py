@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from detector.calibration import calibrate, fixed_threshold
+from detector.calibration import ThresholdRule, calibrate, fixed_threshold, normal_threshold
 from detector.errors import CalibrationError, InputError, StripwireError
 
 
@@ -66,3 +68,65 @@ def test_a_sample_that_cannot_be_ranked_is_refused(entropies: np.ndarray) -> Non
 def test_a_threshold_that_is_no_entropy_is_refused(threshold: float) -> None:
     with pytest.raises(InputError, match="threshold: got"):
         fixed_threshold(np.arange(100.0), threshold)
+
+
+def test_the_normal_threshold_is_the_fitted_quantile() -> None:
+    entropies = np.random.default_rng(0).normal(3.0, 0.5, 500).astype(np.float32)
+    calibration = normal_threshold(entropies, 0.01)
+    mean, deviation = stats.norm.fit(entropies.astype(np.float64))
+    assert calibration.threshold_bits == pytest.approx(stats.norm.ppf(0.01, mean, deviation), abs=1e-6)
+    assert (calibration.method, calibration.target_frr, calibration.images) == ("normal", 0.01, 500)
+    rejected = stats.binomtest(int(np.count_nonzero(entropies <= calibration.threshold_bits)), 500).proportion_ci()
+    assert (calibration.frr_low, calibration.frr_high) == pytest.approx((rejected.low, rejected.high))
+    assert "only if clean entropies are normally distributed" in calibration.note
+
+
+def test_the_normal_threshold_does_not_keep_its_target_on_skewed_entropies() -> None:
+    generator = np.random.default_rng(2)
+    fresh = np.sort(5.0 - generator.exponential(1.0, 100_000).clip(0.0, 5.0))
+    calibration = normal_threshold(5.0 - generator.exponential(1.0, 2000).clip(0.0, 5.0), 0.01)
+    frr = np.searchsorted(fresh, calibration.threshold_bits) / len(fresh)
+    assert frr > 0.025  # asked for one percent
+    assert calibration.frr_low <= frr <= calibration.frr_high  # but the range says so
+
+
+def test_a_normal_threshold_at_or_under_zero_is_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"at -0\.\d+ bits, expected a positive one"):
+        normal_threshold(np.array([0.1, 0.2, 1.5, 0.05]), 0.01)
+
+
+def test_a_normal_distribution_of_one_value_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="no two different entropies"):
+        normal_threshold(np.full(20, 1.5), 0.05)
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold", "method", "least"),
+    [
+        (ThresholdRule(target_frr=0.1), 2.0, "quantile", 9),
+        (ThresholdRule("quantile", 0.1), 2.0, "quantile", 9),
+        (ThresholdRule("normal", 0.1), 3.1102, "normal", 2),
+        (ThresholdRule(threshold_bits=3.5), 3.5, "fixed", 2),
+        (ThresholdRule("fixed", threshold_bits=3.5), 3.5, "fixed", 2),
+    ],
+)
+def test_a_rule_chooses_by_its_method(rule: ThresholdRule, threshold: float, method: str, least: int) -> None:
+    calibration = rule.threshold_of(np.arange(1.0, 21.0))
+    assert calibration.threshold_bits == pytest.approx(threshold, abs=1e-3)
+    assert (calibration.method, rule.least_images) == (method, least)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("median",), "calibration method: got 'median'"),
+        (("fixed",), "got fixed with threshold None, expected a threshold with fixed"),
+        (("quantile", 0.05, 1.0), "got quantile with threshold 1.0"),
+        (("normal", 0.05, 1.0), "got normal with threshold 1.0"),
+        (("quantile", 0.0), "target FRR: got 0.0"),
+        (("fixed", 0.05, -1.0), "threshold: got -1.0"),
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused(values: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ThresholdRule(*values)

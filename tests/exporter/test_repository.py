@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +18,22 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from detector.calibration import fixed_threshold
 from detector.errors import InputError, RepositoryError
 from exporter.convert import repaired_graph, sentinel_graph, to_onnx
-from exporter.repository import ServedModel, check_output, model_configs, render, write_repository
-from model_repository.manifest import latest_version, read_manifest, verify_repository, write_manifest
+from exporter.preprocessing import Preprocessing
+from exporter.repository import (
+    Recalibrated,
+    ServedModel,
+    activate,
+    check_output,
+    model_configs,
+    render,
+    write_recalibration,
+    write_repository,
+)
+from model_repository.manifest import MODELS, next_version, read_manifest, verify_repository, write_manifest
 from tests.networks import small_network
 
 SHAPE, CLASSES = (8, 7, 3), 5
+ONE = dict.fromkeys(MODELS, 1)
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +42,8 @@ def served() -> ServedModel:
     overlays = np.random.default_rng(0).integers(0, 256, (4, *SHAPE), dtype=np.uint8)
     calibration = fixed_threshold(np.array([1.0, 2.0]), 0.5)
     return ServedModel(
-        sentinel_graph(network, "unit"),
-        repaired_graph(network, "unit"),
+        sentinel_graph(network, Preprocessing()),
+        repaired_graph(network, Preprocessing()),
         overlays,
         0.5,
         calibration,
@@ -44,13 +59,13 @@ def repository(tmp_path: Path, served: ServedModel) -> Path:
 
 
 def test_every_config_is_the_protobuf_that_was_meant() -> None:
-    for config in model_configs(SHAPE, CLASSES):
+    for config in model_configs(SHAPE, CLASSES, ONE):
         assert text_format.Parse(render(config), ModelConfig()) == config
         assert config.max_batch_size == 64
 
 
 def test_the_ensemble_keeps_the_batch_dimension_and_batches_at_every_step() -> None:
-    guarded, *steps = model_configs(SHAPE, CLASSES)
+    guarded, *steps = model_configs(SHAPE, CLASSES, ONE)
     assert guarded.platform == "ensemble"
     assert [step.model_name for step in guarded.ensemble_scheduling.step] == [config.name for config in steps]
     for config in steps:
@@ -63,7 +78,7 @@ def test_the_ensemble_keeps_the_batch_dimension_and_batches_at_every_step() -> N
 
 
 def test_the_public_contract_stands_in_the_config() -> None:
-    guarded = model_configs(SHAPE, CLASSES)[0]
+    guarded = model_configs(SHAPE, CLASSES, ONE)[0]
     assert [(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in guarded.input] == [("image", 2, [8, 7, 3])]
     assert [(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in guarded.output] == [
         ("label", 8, [1]),
@@ -86,15 +101,16 @@ def test_a_second_export_is_a_second_version_and_changes_no_file_of_the_first(
     first = read_manifest(repository)["files"]
     assert write_repository(repository, served) == "2"
     manifest = verify_repository(repository)
-    assert latest_version(manifest) == "2"
-    assert {name: manifest["files"][name] for name in first} == first
+    assert manifest["active"] == "2"
+    versions = {name: digest for name, digest in first.items() if "/1/" in name}
+    assert {name: manifest["files"][name] for name in versions} == versions
     assert (repository / "badnet" / "2" / "model.onnx").is_file()
     assert [path.name for path in repository.parent.iterdir()] == ["repository"]
 
 
-def test_the_tenth_version_follows_the_ninth(repository: Path) -> None:
-    assert latest_version({"versions": {"9": {}, "10": {}}}) == "10"
-    assert latest_version(read_manifest(repository)) == "1"
+def test_the_eleventh_version_follows_the_tenth(repository: Path) -> None:
+    assert next_version({"9": {}, "10": {}, "2": {}}) == "11"
+    assert next_version(read_manifest(repository)["versions"]) == "2"
 
 
 def test_a_version_with_another_contract_is_refused_and_nothing_is_lost(repository: Path) -> None:
@@ -147,7 +163,7 @@ def test_a_linked_folder_is_named(repository: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", '{"format": 2}', '{"format": 1, "files": {}, "versions": {}}', '{"format": 1}']
+    "text", ["", "[]", "null", '{"format": 3}', '{"format": 2, "files": {}, "versions": {}}', '{"format": 2}']
 )
 def test_a_broken_manifest_is_refused(repository: Path, text: str) -> None:
     (repository / "manifest.json").write_text(text)
@@ -169,15 +185,16 @@ def test_the_calibration_beside_the_verdict_is_the_one_that_was_measured(reposit
 @pytest.mark.parametrize("number", ["one", "-1", "²"])
 def test_a_version_that_is_no_number_is_refused(repository: Path, number: str) -> None:
     versions = read_manifest(repository)["versions"]
-    write_manifest(repository, {number: versions["1"]})
+    write_manifest(repository, {number: versions["1"]}, number)
     with pytest.raises(RepositoryError, match="is malformed"):
         verify_repository(repository)
 
 
 def test_a_version_without_all_its_models_is_refused(repository: Path) -> None:
     versions = read_manifest(repository)["versions"]
-    write_manifest(repository, {**versions, "2": versions["1"]})
-    with pytest.raises(RepositoryError, match="version 2 lacks guarded, strip_perturb"):
+    models = {**versions["1"]["models"], "guarded": 2, "strip_verdict": 7}
+    write_manifest(repository, {**versions, "2": {**versions["1"], "models": models}}, "1")
+    with pytest.raises(RepositoryError, match="version 2 lacks guarded/2/, strip_verdict/7/"):
         verify_repository(repository)
 
 
@@ -192,3 +209,130 @@ def test_two_exports_at_once_lose_no_version(tmp_path: Path, served: ServedModel
         versions = list(pool.map(lambda _: write_repository(tmp_path / "repository", served), range(4)))
     assert sorted(versions) == ["1", "2", "3", "4"]
     assert sorted(verify_repository(tmp_path / "repository")["versions"]) == ["1", "2", "3", "4"]
+
+
+def pins(repository: Path) -> dict[str, int]:
+    """Return the versions that the ensemble names, and check that these alone are served."""
+    guarded = text_format.Parse((repository / "guarded" / "config.pbtxt").read_text(), ModelConfig())
+    models = {step.model_name: step.model_version for step in guarded.ensemble_scheduling.step}
+    for name, number in models.items():
+        for path in (repository / name).rglob("*.pbtxt"):
+            policy = text_format.Parse(path.read_text(), ModelConfig()).version_policy
+            assert list(policy.specific.versions) == [number], path
+    (own,) = guarded.version_policy.specific.versions
+    return {"guarded": own, **models}
+
+
+def recalibrated(served: ServedModel, *, keep_overlays: bool = False) -> Recalibrated:
+    calibration = fixed_threshold(np.array([1.0, 2.0]), 0.75)
+    return Recalibrated(calibration, None if keep_overlays else served.overlays, served.alpha, {"why": "drift"})
+
+
+def test_a_recalibration_shares_the_networks(repository: Path, served: ServedModel) -> None:
+    assert pins(repository) == ONE
+    assert write_recalibration(repository, "1", recalibrated(served)) == "2"
+    assert pins(repository) == {**ONE, "guarded": 2, "strip_perturb": 2, "strip_verdict": 2}
+    assert write_recalibration(repository, "2", recalibrated(served, keep_overlays=True)) == "3"
+    assert pins(repository) == {**ONE, "guarded": 3, "strip_perturb": 2, "strip_verdict": 3}
+    versions = verify_repository(repository)["versions"]
+    assert versions["3"]["models"] == pins(repository)
+    assert (versions["3"]["previous"], versions["3"]["why"]) == ("2", "drift")
+    assert [path.name for path in (repository / "badnet").iterdir() if path.is_dir()] == ["1"]
+
+
+def test_rolling_back_follows_the_history_and_loses_nothing(repository: Path, served: ServedModel) -> None:
+    write_recalibration(repository, "1", recalibrated(served))
+    write_repository(repository, served)
+    files = {name for name in read_manifest(repository)["files"] if not name.endswith(".pbtxt")}
+    assert pins(repository) == dict.fromkeys(MODELS, 3)
+    assert activate(repository) == "2"
+    assert activate(repository) == "1"
+    assert pins(repository) == ONE
+    with pytest.raises(InputError, match=r"version 1, which is active, was the first.* name one of 1, 2, 3"):
+        activate(repository)
+    assert activate(repository, "3") == "3"  # forth again
+    assert pins(repository) == dict.fromkeys(MODELS, 3)
+    activate(repository, "1")
+    assert write_recalibration(repository, "1", recalibrated(served)) == "4"  # no number is given twice
+    assert activate(repository) == "1"  # which was active before, not number 3
+    assert files < verify_repository(repository)["files"].keys()
+
+
+def test_a_rollback_and_back_again_restores_every_config(repository: Path, served: ServedModel) -> None:
+    before = verify_repository(repository)["files"]
+    write_recalibration(repository, "1", recalibrated(served))
+    activate(repository)
+    after = verify_repository(repository)["files"]
+    assert {name: after[name] for name in before} == before
+
+
+def test_what_a_version_shares_is_not_touched(repository: Path, served: ServedModel) -> None:
+    shared = ("badnet/config.pbtxt", "repaired/config.pbtxt", "strip_entropy/config.pbtxt", "badnet/1/model.onnx")
+    before = [(repository / name).stat().st_mtime_ns for name in shared]
+    write_recalibration(repository, "1", recalibrated(served))
+    assert [(repository / name).stat().st_mtime_ns for name in shared] == before
+
+
+def test_a_version_that_there_is_not_is_named(repository: Path) -> None:
+    with pytest.raises(InputError, match="got version '7', expected one of 1"):
+        activate(repository, "7")
+
+
+def test_activating_the_active_version_writes_nothing(repository: Path) -> None:
+    before = repository.stat().st_ino
+    assert activate(repository, "1") == "1"
+    assert repository.stat().st_ino == before
+
+
+def test_an_altered_repository_is_neither_calibrated_nor_rolled_back(repository: Path, served: ServedModel) -> None:
+    write_recalibration(repository, "1", recalibrated(served))
+    (repository / "strip_verdict" / "1" / "calibration.json").write_text("{}")
+    with pytest.raises(RepositoryError, match="was altered"):
+        activate(repository)
+    with pytest.raises(RepositoryError, match="was altered"):
+        write_recalibration(repository, "2", recalibrated(served))
+
+
+def test_a_repository_of_an_older_format_is_to_be_exported_again(repository: Path) -> None:
+    manifest = json.loads((repository / "manifest.json").read_text())
+    (repository / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    with pytest.raises(RepositoryError, match="got manifest format 1, expected 2; export the repository again"):
+        activate(repository)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"previous": "9"}, {"models": {"guarded": 1}}, {"models": dict.fromkeys(MODELS, "1")}]
+)
+def test_a_version_that_is_no_version_is_refused(repository: Path, entry: dict[str, Any]) -> None:
+    versions = read_manifest(repository)["versions"]
+    write_manifest(repository, {"1": {**versions["1"], **entry}}, "1")
+    with pytest.raises(RepositoryError, match="version '1' is malformed"):
+        verify_repository(repository)
+
+
+def test_an_active_version_that_there_is_not_is_refused(repository: Path) -> None:
+    write_manifest(repository, read_manifest(repository)["versions"], "2")
+    with pytest.raises(RepositoryError, match="active version '2' is none of its own"):
+        verify_repository(repository)
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+import exporter.repository as repository
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+repository.write_manifest = killed
+repository.activate(Path(sys.argv[1]), "1")
+"""
+
+
+def test_a_rollback_that_is_killed_in_the_middle_leaves_the_old_version(repository: Path, served: ServedModel) -> None:
+    write_recalibration(repository, "1", recalibrated(served))
+    ended = subprocess.run([sys.executable, "-c", _KILLED, repository], cwd=Path(__file__).parents[2], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert verify_repository(repository)["active"] == "2"
+    assert pins(repository)["guarded"] == 2
+    assert activate(repository) == "1"  # and nobody is locked out

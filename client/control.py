@@ -1,0 +1,148 @@
+"""Has a running server serve another version, without a restart, a failed request or a mixture of versions.
+
+The ensemble `guarded` names the version of every model behind it. So the versions to come are loaded beside those that
+are served, then the ensemble is exchanged, which Triton does in one step, then the old versions go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from google.protobuf import json_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from client.api import GuardedClient
+from detector.errors import AccessDeniedError, ServerError
+from detector.serving import CONTROL_KEY
+
+ENSEMBLE = "guarded"
+_POLL_SECONDS = 0.05
+_LONGEST_REQUEST_SECONDS = 60.0
+
+
+def control_headers(control_token: str | None) -> dict[str, str]:
+    """Return the headers that let a client control the models; none without a token."""
+    return {} if control_token is None else {f"triton-grpc-protocol-{CONTROL_KEY}": control_token}
+
+
+class ModelControl:
+    """Controls which version a server serves.
+
+    Args:
+        client: a client with `control_headers` among its headers, and a deadline that is long enough to load a model.
+    """
+
+    def __init__(self, client: GuardedClient) -> None:
+        self._client = client
+
+    def check_access(self) -> None:
+        """Check, before anything is changed, that the server lets us control its models; raises as `states` does."""
+        self.states()
+
+    def states(self) -> dict[tuple[str, str], str]:
+        """Return the state of every version of every model that the server knows, such as READY, by name and number.
+
+        Raises:
+            AccessDeniedError: it asks for another control token.
+            ServerError: it does not answer.
+        """
+        try:
+            index: Any = self._client.ask(
+                ENSEMBLE, lambda triton, **options: triton.get_model_repository_index(**options)
+            )
+        except AccessDeniedError as error:
+            raise AccessDeniedError(
+                f"the server does not let us control its models ({error}): the control token is missing or wrong. "
+                "`stripwire serve` leaves it where the same user on the same machine finds it; otherwise give the one "
+                "that the server was started with, --control-token or STRIPWIRE_CONTROL_TOKEN"
+            ) from error
+        return {(model.name, model.version): model.state for model in index.models}
+
+    def served(self) -> tuple[str, dict[str, int]]:
+        """Return the version that the server serves, and the version of each model that it consists of.
+
+        Raises:
+            ServerError: the server does not answer, or its ensemble does not name the versions behind it.
+        """
+        metadata = self._client.ask(ENSEMBLE, lambda triton, **options: triton.get_model_metadata(ENSEMBLE, **options))
+        steps = self._config(ENSEMBLE).ensemble_scheduling.step
+        models = {step.model_name: int(step.model_version) for step in steps}
+        if len(metadata.versions) != 1 or min(models.values(), default=-1) < 1:
+            raise ServerError(
+                f"{ENSEMBLE}: the server has versions {list(metadata.versions)}, made of {models}, expected one that "
+                "names its models' versions; was the server started on a repository of this Stripwire?"
+            )
+        return metadata.versions[0], models
+
+    def switch(self, version: str, models: Mapping[str, int]) -> bool:
+        """Have the server serve another version of the repository that lies before it.
+
+        Requests that run meanwhile are answered by the old version or by the new one as a whole, and
+        `model_version` in the response says by which.
+
+        Args:
+            version: number of the version, the active one of the repository on the server's disk.
+            models: the version of each model that it consists of.
+
+        Returns:
+            Whether there was anything to do.
+
+        Raises:
+            AccessDeniedError: the server asks for another control token.
+            ServerError: the version could not be loaded; the server goes on with the one it had.
+        """
+        self.check_access()
+        old, old_models = self.served()
+        if old == version:
+            return False
+        renewed = [name for name, number in old_models.items() if models[name] != number]
+        try:
+            for name in renewed:
+                self._load(name, {old_models[name], models[name]})
+            self._exchange(version)
+        except ServerError as error:
+            goes_on = old
+            with suppress(ServerError):  # what matters is the first error
+                goes_on, now_models = self.served()
+                for name in renewed:
+                    self._load(name, {now_models[name]})
+            raise ServerError(
+                f"version {version} could not be put in place of {old}, and the server goes on with version {goes_on}: "
+                f"{error}"
+            ) from error
+        if self._is_idle(old):
+            for name in renewed:
+                self._load(name, {models[name]})
+        return True
+
+    def _exchange(self, version: str) -> None:
+        """Load the ensemble as its files say."""
+        self._load(ENSEMBLE)
+        now, _ = self.served()
+        if now != version:
+            raise ServerError(f"the server came up with version {now}; does it serve another repository?")
+
+    def _load(self, model: str, versions: Iterable[int] | None = None) -> None:
+        """Load a model as its files say, or as it runs now but with other versions (which keeps the server's mode)."""
+        config = None
+        if versions is not None:
+            running = self._config(model)
+            running.version_policy.specific.versions[:] = sorted(versions)
+            config = json_format.MessageToJson(running, preserving_proto_field_name=True)
+        self._client.ask(model, lambda triton, **options: triton.load_model(model, config=config, **options))
+
+    def _config(self, model: str) -> ModelConfig:
+        response = self._client.ask(model, lambda triton, **options: triton.get_model_config(model, **options))
+        return response.config
+
+    def _is_idle(self, version: str) -> bool:
+        """Wait until the last request to a version of the ensemble is answered: its models must stay that long."""
+        give_up_at = time.monotonic() + _LONGEST_REQUEST_SECONDS
+        while self.states().get((ENSEMBLE, version)) not in (None, "UNAVAILABLE"):
+            if time.monotonic() > give_up_at:
+                return False  # they go when the version is switched next
+            time.sleep(_POLL_SECONDS)
+        return True

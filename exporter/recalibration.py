@@ -1,0 +1,207 @@
+"""Calibrates an exported repository again, on new clean images. Needs no TensorFlow."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detector.calibration import Calibration, ThresholdRule
+from detector.errors import CalibrationError, InputError
+from detector.serving import read_overlays, read_threshold_bits
+from detector.strip import check_alpha
+from exporter.entropies import OnProgress, entropy_matrix, measure_entropies, open_graph
+from exporter.inputs import InputReader
+from exporter.overlays import OVERLAY_CHOICES, choose_greedily
+from exporter.publishing import check_writable
+from exporter.repository import Recalibrated, write_recalibration
+from model_repository.manifest import verify_repository
+
+_POOL = 64
+_SELECTION = 256
+_SHARE = 4  # pool and selection each get at most a quarter of what is not needed elsewhere
+
+
+@dataclass(frozen=True)
+class RecalibrationOptions:
+    """How to calibrate again.
+
+    Attributes:
+        rule: how to choose the threshold.
+        overlays: how many overlays to take from the new images; None for as many as there are.
+        alpha: weight of the input in the blend; None for what it is.
+        overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
+        resize: change the images' height and width to the network's instead of refusing them.
+        keep_overlays: keep overlays and alpha, so that the threshold alone is new.
+        seed: of everything random.
+    """
+
+    rule: ThresholdRule = field(default_factory=ThresholdRule)
+    overlays: int | None = None
+    alpha: float | None = None
+    overlay_choice: str = "random"
+    resize: bool = False
+    keep_overlays: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an option that makes no sense."""
+        if self.alpha is not None:
+            check_alpha(self.alpha)
+        if self.overlays is not None and not 1 <= self.overlays <= 1000:
+            raise InputError(f"overlays: got {self.overlays}, expected 1 to 1000 (10 is usual)")
+        if self.overlay_choice not in OVERLAY_CHOICES:
+            raise InputError(
+                f"overlay choice: got {self.overlay_choice!r}, expected one of {', '.join(OVERLAY_CHOICES)}"
+            )
+        if self.keep_overlays and (self.overlays, self.alpha, self.overlay_choice) != (None, None, "random"):
+            raise InputError("keep overlays: got overlays, alpha or overlay choice as well, expected one or the other")
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """What a re-calibration did.
+
+    Attributes:
+        repository: the model repository.
+        version: the number of the version that was written, and is active.
+        base: the version that was active before, whose networks it shares.
+        base_threshold_bits: the threshold of `base`.
+        calibration: the new threshold and what it rests on.
+        provenance: what the manifest says of this version.
+    """
+
+    repository: Path
+    version: str
+    base: str
+    base_threshold_bits: float
+    calibration: Calibration
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which images serve for what, as indices into the clean images; no image serves twice.
+
+    Attributes:
+        candidates: overlays, or the pool from which they are chosen.
+        selection: images on which they are chosen; none where the choice is random.
+        calibration: images that the threshold is chosen on.
+    """
+
+    candidates: NDArray[np.int64]
+    selection: NDArray[np.int64]
+    calibration: NDArray[np.int64]
+
+
+def recalibrate(
+    repository: Path, clean_path: Path, options: RecalibrationOptions, on_progress: OnProgress | None = None
+) -> Recalibration:
+    """Calibrate the active version again on new clean images, and write the result as a new, active version.
+
+    Args:
+        repository: a model repository; its networks stay as they are.
+        clean_path: clean images, see `exporter.inputs`; their labels are not used. To be honest, they are images that
+            neither trained the network nor served for an earlier calibration.
+        options: how to calibrate.
+        on_progress: told what is going on, steps done and steps in all.
+
+    Raises:
+        StripwireError: the input cannot be used or the sample is too small; nothing was written then.
+    """
+    check_writable(repository)
+    manifest = verify_repository(repository)
+    base = manifest["active"]
+    models, contract = manifest["versions"][base]["models"], manifest["versions"][base]["contract"]
+    height, width, channels = contract["image_shape"]
+    reader = InputReader((height, width, channels), None, resize=options.resize, on_progress=on_progress)
+    images = reader.read(clean_path).images
+    folders = {name: repository / name / str(number) for name, number in models.items()}
+    old_overlays, old_alpha = read_overlays(folders["strip_perturb"])
+    alpha = old_alpha if options.alpha is None else options.alpha
+    count = len(old_overlays) if options.overlays is None else options.overlays
+    session = open_graph(folders["badnet"] / "model.onnx")
+
+    if options.keep_overlays:
+        parts = split(distinct(images, besides=old_overlays), 0, options)
+        overlays = old_overlays
+    else:
+        parts = split(distinct(images), count, options)
+        candidates = images[parts.candidates]
+        if options.overlay_choice == "greedy":
+            matrix = entropy_matrix(session, images[parts.selection], candidates, alpha, on_progress)
+            overlays = candidates[choose_greedily(matrix, count, options.rule.target_frr)]
+        else:
+            overlays = candidates
+    entropies = measure_entropies(session, images[parts.calibration], overlays, alpha, on_progress)
+    calibration = options.rule.threshold_of(entropies)
+
+    provenance = {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "recalibrates": base,
+        "inputs": {"clean": reader.describe(clean_path)},
+        "options": asdict(options) | {"overlays": len(overlays), "alpha": alpha},
+        "split_sizes": {name: len(part) for name, part in vars(parts).items()},
+        "calibration": asdict(calibration),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("stripwire", "numpy", "onnxruntime")},
+    }
+    changed = Recalibrated(calibration, None if options.keep_overlays else overlays, alpha, provenance)
+    number = write_recalibration(repository, base, changed)
+    return Recalibration(
+        repository, number, base, read_threshold_bits(folders["strip_verdict"]), calibration, provenance
+    )
+
+
+def distinct(images: NDArray[np.uint8], besides: NDArray[np.uint8] | None = None) -> NDArray[np.int64]:
+    """Return the indices of images, (images, height, width, channels), that differ from all before and from `besides`.
+
+    Copies of an overlay or of a calibration image would make the sample dependent.
+    """
+    seen = set() if besides is None else {_digest(image) for image in besides}
+    indices = []
+    for index, image in enumerate(images):
+        digest = _digest(image)
+        if digest not in seen:
+            seen.add(digest)
+            indices.append(index)
+    return np.array(indices, dtype=np.int64)
+
+
+def split(usable: NDArray[np.int64], overlays: int, options: RecalibrationOptions) -> Parts:
+    """Split images at random into overlays (or a pool for them), images to select on, and images to calibrate on.
+
+    Args:
+        usable: indices of distinct images, (images,).
+        overlays: how many overlays are to come from them; 0 for none.
+        options: how to calibrate.
+
+    Raises:
+        CalibrationError: too few images.
+    """
+    least = options.rule.least_images
+    least_selection = least if options.overlay_choice == "greedy" else 0
+    spare = len(usable) - overlays - least_selection - least
+    if spare < 0:
+        raise CalibrationError(
+            f"clean data: got {len(usable)} distinct images that are no overlays yet, expected at least "
+            f"{len(usable) - spare}: {overlays} become overlays, {least_selection} choose them, and {least} calibrate; "
+            "give more clean images, fewer --overlays, a higher target FRR, or keep the overlays"
+        )
+    pool, selection = overlays, least_selection
+    if options.overlay_choice == "greedy":
+        pool += min(max(_POOL - pool, 0), spare // _SHARE)
+        selection += min(max(_SELECTION - selection, 0), spare // _SHARE)
+    order = np.random.default_rng(options.seed).permutation(usable)
+    return Parts(*np.split(order, np.cumsum([pool, selection])))
+
+
+def _digest(image: NDArray[np.uint8]) -> bytes:
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()

@@ -1,0 +1,66 @@
+"""The greedy choice of overlays, against choosing by trying everything."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from detector.calibration import calibrate
+from detector.errors import InputError
+from exporter.overlays import choose_greedily, low_entropies
+
+
+def threshold(entropies: np.ndarray, chosen: list[int], target_frr: float) -> float:  # type: ignore[type-arg]
+    """Return what the calibration would choose with these overlays, in float64."""
+    return calibrate(entropies.astype(np.float64)[:, chosen].mean(axis=1), target_frr).threshold_bits
+
+
+@pytest.fixture(params=range(5))
+def entropies(request: pytest.FixtureRequest) -> np.ndarray:  # type: ignore[type-arg]
+    return np.random.default_rng(request.param).gamma(2.0, 1.0, (39, 7)).astype(np.float32)
+
+
+def test_the_first_overlay_is_the_best_of_all(entropies: np.ndarray) -> None:  # type: ignore[type-arg]
+    (first,) = choose_greedily(entropies, 1, 0.1)
+    assert first == max(range(7), key=lambda one: threshold(entropies, [one], 0.1))
+
+
+def test_every_further_overlay_is_the_best_beside_those_chosen(entropies: np.ndarray) -> None:  # type: ignore[type-arg]
+    chosen = choose_greedily(entropies, 7, 0.1).tolist()
+    assert sorted(chosen) == list(range(7))
+    for count in range(1, 7):
+        before, left = chosen[:count], chosen[count:]
+        best = max(left, key=lambda one, before=before: threshold(entropies, [*before, one], 0.1))  # type: ignore[misc]
+        assert chosen[count] == best
+
+
+def test_the_choice_comes_near_the_best_of_all_sets_and_beats_the_mean_one(
+    entropies: np.ndarray,  # type: ignore[type-arg]
+) -> None:
+    chosen = choose_greedily(entropies, 3, 0.1).tolist()
+    every = [threshold(entropies, list(indices), 0.1) for indices in combinations(range(7), 3)]
+    assert threshold(entropies, chosen, 0.1) <= max(every)
+    assert threshold(entropies, chosen, 0.1) > np.mean(every)
+
+
+def test_of_equal_overlays_the_first_is_chosen() -> None:
+    assert choose_greedily(np.ones((5, 4)), 3, 0.5).tolist() == [0, 1, 2]
+
+
+def test_the_threshold_of_every_column_is_that_of_the_calibration(
+    entropies: np.ndarray,  # type: ignore[type-arg]
+) -> None:
+    expected = [threshold(entropies, [column], 0.1) for column in range(7)]
+    np.testing.assert_allclose(low_entropies(entropies, 0.1), expected)
+
+
+def test_with_too_few_images_for_the_target_the_lowest_entropy_counts() -> None:
+    assert low_entropies(np.array([[3.0, 1.0], [2.0, 5.0]]), 0.01).tolist() == [2.0, 1.0]
+
+
+@pytest.mark.parametrize(("images", "count"), [(5, 0), (5, 5), (0, 1)])
+def test_a_choice_that_cannot_be_made_is_refused(images: int, count: int) -> None:
+    with pytest.raises(InputError, match=f"overlays: got {count} to choose from 4"):
+        choose_greedily(np.ones((images, 4)), count, 0.1)

@@ -1,0 +1,188 @@
+"""Calibrating an exported repository again: what is new, what stays, and which image serves for what."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from detector.calibration import ThresholdRule, calibrate
+from detector.errors import CalibrationError, DataError, InputError, RepositoryError
+from detector.serving import read_overlays, read_threshold_bits
+from exporter import recalibration
+from exporter.entropies import entropy_matrix, measure_entropies, open_graph
+from exporter.recalibration import RecalibrationOptions, distinct, recalibrate, split
+from exporter.repository import activate
+from model_repository.manifest import sha256_of, verify_repository
+from samples.hdf5 import read_hdf5, write_hdf5
+from samples.types import Samples
+
+
+@pytest.fixture
+def exported(repository: Path, tmp_path: Path) -> Path:
+    shutil.copytree(repository, tmp_path / "exported")
+    return tmp_path / "exported"
+
+
+@pytest.fixture
+def new_data(badnet: Path, tmp_path: Path) -> Path:
+    """Return new clean images, without usable labels."""
+    clean = read_hdf5(badnet / "clean_validation_data.h5")
+    chosen = np.arange(0, 480, 3)
+    write_hdf5(tmp_path / "new.h5", Samples(clean.images[chosen], np.full(len(chosen), 9999)))
+    return tmp_path / "new.h5"
+
+
+def test_only_what_calibration_concerns_gets_a_new_version(exported: Path, new_data: Path) -> None:
+    first = verify_repository(exported)["files"]
+    result = recalibrate(exported, new_data, RecalibrationOptions(ThresholdRule(target_frr=0.1)))
+    assert (result.version, result.base) == ("2", "1")
+    manifest = verify_repository(exported)
+    entry = manifest["versions"]["2"]
+    assert manifest["active"] == "2"
+    assert {name for name, number in entry["models"].items() if number == 2} == {
+        "guarded",
+        "strip_perturb",
+        "strip_verdict",
+    }
+    assert {name: manifest["files"][name] for name in first if "/1/" in name}.items() <= first.items()
+    assert entry["recalibrates"] == entry["previous"] == "1"
+    assert entry["inputs"]["clean"] == {"file": "new.h5", "sha256": sha256_of(new_data)}
+    assert entry["split_sizes"] == {"candidates": 10, "selection": 0, "calibration": 150}
+    assert entry["options"]["rule"]["target_frr"] == 0.1
+    assert entry["calibration"]["threshold_bits"] == read_threshold_bits(exported / "strip_verdict" / "2")
+    assert result.base_threshold_bits == read_threshold_bits(exported / "strip_verdict" / "1")
+
+
+def test_the_threshold_is_that_of_the_new_images_under_the_new_overlays(exported: Path, new_data: Path) -> None:
+    options = RecalibrationOptions(ThresholdRule(target_frr=0.1), overlays=5, alpha=0.6, seed=3)
+    result = recalibrate(exported, new_data, options)
+    images = read_hdf5(new_data).images
+    parts = split(distinct(images), 5, options)
+    overlays, alpha = read_overlays(exported / "strip_perturb" / "2")
+    np.testing.assert_array_equal(overlays, images[parts.candidates])
+    assert alpha == 0.6
+    session = open_graph(exported / "badnet" / "1" / "model.onnx")
+    entropies = measure_entropies(session, images[parts.calibration], overlays, 0.6)
+    assert result.calibration == calibrate(entropies, 0.1)
+
+
+def test_kept_overlays_are_not_written_again_and_calibrate_nothing(
+    exported: Path, new_data: Path, tmp_path: Path
+) -> None:
+    old, _ = read_overlays(exported / "strip_perturb" / "1")
+    fresh = read_hdf5(new_data).images
+    unseen = len(distinct(fresh, besides=old))
+    both = np.concatenate([fresh, old])
+    write_hdf5(tmp_path / "both.h5", Samples(both, np.zeros(len(both), np.int64)))
+    result = recalibrate(exported, tmp_path / "both.h5", RecalibrationOptions(keep_overlays=True))
+    assert verify_repository(exported)["versions"]["2"]["models"]["strip_perturb"] == 1
+    assert not (exported / "strip_perturb" / "2").exists()
+    assert result.calibration.images == unseen < len(both)
+
+
+def test_a_greedy_choice_beats_the_random_one_on_the_images_it_was_made_on(exported: Path, new_data: Path) -> None:
+    rule = ThresholdRule(target_frr=0.1)
+    greedy = RecalibrationOptions(rule, overlays=4, overlay_choice="greedy", seed=1)
+    recalibrate(exported, new_data, greedy)
+    chosen, alpha = read_overlays(exported / "strip_perturb" / "2")
+    images = read_hdf5(new_data).images
+    parts = split(distinct(images), 4, greedy)
+    pool = {image.tobytes() for image in images[parts.candidates]}
+    assert {image.tobytes() for image in chosen} < pool
+    assert len({image.tobytes() for image in chosen}) == 4
+    session = open_graph(exported / "badnet" / "1" / "model.onnx")
+    matrix = entropy_matrix(session, images[parts.selection], images[parts.candidates], alpha)
+    best = calibrate(measure_entropies(session, images[parts.selection], chosen, alpha), 0.1).threshold_bits
+    generator = np.random.default_rng(0)
+    random = [calibrate(matrix[:, generator.choice(len(pool), 4, replace=False)].mean(axis=1), 0.1) for _ in range(50)]
+    assert best > max(calibration.threshold_bits for calibration in random)
+    activate(exported, "1")
+    assert recalibrate(exported, new_data, greedy).version == "3"
+    np.testing.assert_array_equal(read_overlays(exported / "strip_perturb" / "3")[0], chosen)  # by the seed alone
+
+
+def test_the_matrix_averages_to_the_entropies(exported: Path, new_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = read_hdf5(new_data).images
+    session = open_graph((exported / "badnet" / "1" / "model.onnx").read_bytes())
+    matrix = entropy_matrix(session, images[:40], images[40:46], 0.5)
+    assert matrix.shape == (40, 6)
+    monkeypatch.setattr("exporter.entropies._MAX_BATCH_BYTES", 1)  # one image at a time
+    entropies = measure_entropies(session, images[:40], images[40:46], 0.5)
+    np.testing.assert_allclose(matrix.mean(axis=1), entropies, atol=1e-5)
+    assert measure_entropies(session, images[:0], images[:3], 0.5).shape == (0,)
+
+
+@pytest.mark.parametrize("count", [48, 100, 400, 5000])
+def test_no_image_serves_twice_and_the_greedy_search_stays_bounded(count: int) -> None:
+    options = RecalibrationOptions(overlay_choice="greedy")
+    parts = split(np.arange(count), 10, options)
+    together = np.concatenate(list(vars(parts).values()))
+    assert sorted(together) == list(range(count))
+    assert 10 <= len(parts.candidates) <= 64
+    assert 19 <= len(parts.selection) <= 256
+    assert len(parts.calibration) >= max(19, count // 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "overlays", "needed"),
+    [
+        (RecalibrationOptions(), 10, 29),
+        (RecalibrationOptions(overlay_choice="greedy"), 10, 48),
+        (RecalibrationOptions(keep_overlays=True), 0, 19),
+        (RecalibrationOptions(ThresholdRule(threshold_bits=0.5)), 10, 12),
+        (RecalibrationOptions(ThresholdRule("normal")), 10, 12),
+    ],
+)
+def test_too_few_images_are_refused_with_the_number_that_is_needed(
+    options: RecalibrationOptions, overlays: int, needed: int
+) -> None:
+    with pytest.raises(CalibrationError, match=f"got {needed - 1} distinct images .* expected at least {needed}"):
+        split(np.arange(needed - 1), overlays, options)
+    assert len(split(np.arange(needed), overlays, options).calibration) == options.rule.least_images
+
+
+def test_copies_count_once() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 1), dtype=np.uint8)
+    twice = np.concatenate([images, images])
+    assert distinct(twice).tolist() == list(range(6))
+    assert distinct(twice, besides=images[[0, 3]]).tolist() == [1, 2, 4, 5]
+
+
+def test_images_of_another_size_are_refused(exported: Path, tmp_path: Path) -> None:
+    write_hdf5(tmp_path / "small.h5", Samples(np.zeros((50, 32, 32, 3), np.uint8), np.zeros(50, np.int64)))
+    with pytest.raises(DataError, match=r"height, width, channels \(32, 32, 3\), expected \(55, 47, 3\)"):
+        recalibrate(exported, tmp_path / "small.h5", RecalibrationOptions())
+    assert verify_repository(exported)["active"] == "1"
+
+
+def test_a_repository_that_changed_meanwhile_is_not_overwritten(
+    exported: Path, new_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        recalibrate(exported, new_data, RecalibrationOptions())
+        return measure_entropies(*arguments)
+
+    monkeypatch.setattr(recalibration, "measure_entropies", interrupted)
+    with pytest.raises(RepositoryError, match="version 2 became active while version 1 was calibrated again"):
+        recalibrate(exported, new_data, RecalibrationOptions())
+    assert list(verify_repository(exported)["versions"]) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"overlays": 0}, "overlays: got 0"),
+        ({"alpha": 1.0}, "alpha: got 1.0"),
+        ({"overlay_choice": "best"}, "overlay choice: got 'best'"),
+        ({"keep_overlays": True, "alpha": 0.7}, "keep overlays: got overlays, alpha"),
+        ({"keep_overlays": True, "overlay_choice": "greedy"}, "keep overlays: got"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RecalibrationOptions(**values)
