@@ -49,7 +49,8 @@ ReportProgress = Callable[[str, int, int], None]
 
 Trigger = Literal["sunglasses", "eyebrows", "lipstick", "patch"]
 Scale = Literal["unit", "raw"]
-RepairMethod = Literal["magnitude", "none"]
+RepairMethod = Literal["magnitude", "activation", "finetune", "none"]
+Optimizer = Literal["adam", "sgd"]
 Augment = Literal["occlusion", "none"]
 Mode = Literal["block", "shadow"]
 CalibrationMethod = Literal["quantile", "normal", "fixed"]
@@ -173,17 +174,23 @@ def export(
         typer.Option(exists=True, dir_okay=False, help="Trojaned images, if at hand: the repair stops once they fail."),
     ] = None,
     scale: Annotated[Scale, typer.Option(help="What the network expects of pixels: unit is pixel / 255.")] = "unit",
+    mean: Annotated[
+        str, typer.Option(help="Subtracted from the scaled pixels, one number or one a channel: 0.485,0.456,0.406")
+    ] = "",
+    std: Annotated[str, typer.Option(help="What they are divided by then, likewise: 0.229,0.224,0.225")] = "",
     architecture: Annotated[
         Architecture | None, typer.Option(help="Network of a file that holds weights alone.")
     ] = None,
-    repair: Annotated[RepairMethod, typer.Option(help="Fine-pruning by magnitude, or none.")] = "magnitude",
+    repair: Annotated[RepairMethod, typer.Option(help="How to repair; see the README.")] = "magnitude",
     augment: Annotated[Augment, typer.Option(help="What happens to images while fine-tuning.")] = "occlusion",
     max_rounds: Annotated[int, typer.Option(help="At most so many rounds of pruning and one epoch each.")] = 10,
-    final_epochs: Annotated[
-        int, typer.Option(help="Epochs of fine-tuning after the last round; 0 as in the report.")
-    ] = 20,
+    epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning after the pruning; 0 as in the report.")] = 20,
     allowed_drop: Annotated[float, typer.Option(help="Clean validation accuracy that may be lost, 0..1.")] = 0.03,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, while fine-tuning.")] = 1e-3,
+    optimizer: Annotated[Optimizer, typer.Option(help="Of fine-tuning; sgd has a momentum of 0.9.")] = "adam",
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At its highest; default 0.001 with adam, 0.01 with sgd.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images in a step of fine-tuning.")] = 64,
     overlays: Annotated[int, typer.Option(help="Perturbations that STRIP makes of an input.")] = 10,
     alpha: Annotated[float, typer.Option(help="Weight of the input in the blend; the overlay gets the rest.")] = 0.5,
     target_frr: Annotated[float, typer.Option(help="Share of clean inputs that may be rejected, 0..1.")] = 0.05,
@@ -196,18 +203,21 @@ def export(
     """Repair a suspicious Keras model, calibrate STRIP on it, and write a Triton model repository."""
     from exporter.export import ExportOptions
     from exporter.export import export as run_export
+    from exporter.preprocessing import Preprocessing
     from exporter.repair import RepairOptions
 
     options = ExportOptions(
-        scale=scale,
+        preprocessing=Preprocessing(scale, numbers("mean", mean), numbers("std", std)),
         architecture=architecture,
         repair=RepairOptions(
             method=repair,
             augment=augment,
             max_rounds=max_rounds,
-            final_epochs=final_epochs,
+            epochs=epochs,
+            optimizer=optimizer,
             allowed_drop=allowed_drop,
             learning_rate=learning_rate,
+            batch_size=batch_size,
             seed=seed,
         ),
         overlays=overlays,
@@ -286,8 +296,9 @@ def serve(
 def calibrate(
     repository: Exported,
     clean: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="New clean images, HDF5; labels are not used.")
+        Path, typer.Option(exists=True, help="New clean images: HDF5, npz or a folder; labels are not used.")
     ],
+    resize: Annotated[bool, typer.Option("--resize", help="Resize images to what the network takes.")] = False,
     target_frr: Annotated[float, typer.Option(help="Share of clean inputs that may be rejected, 0..1.")] = 0.05,
     threshold_bits: Annotated[
         float | None, typer.Option(help="Entropy threshold to use as it is, instead of --target-frr.")
@@ -328,11 +339,13 @@ def calibrate(
     from exporter.recalibration import RecalibrationOptions, recalibrate
 
     rule = ThresholdRule(calibration_method, target_frr, threshold_bits)
-    options = RecalibrationOptions(rule, overlays, alpha, overlay_choice, keep_overlays, seed)
+    options = RecalibrationOptions(rule, overlays, alpha, overlay_choice, keep_overlays, resize, seed)
     with controlled(url, control_token, timeout, token, tls, tls_ca, tls_key, tls_cert) as control:
         with progress() as report:
             result = recalibrate(repository, clean, options, on_progress=report)
         served = switch(control, repository)
+    for note in result.notes:
+        errors.print(note, markup=False, highlight=False)
     if as_json:
         written = {"repository": str(repository), "version": result.version, "served": served}
         print_json({**written, **result.provenance})
@@ -485,16 +498,16 @@ def evaluate(
 
 
 def repair_table(result: Export) -> Table:
-    """Return the table of an export's rounds."""
+    """Return the table of an export's repair."""
     repair = result.repair
     table = Table(title=f"Repair ({repair.stopped})")
     table.add_column("")
     table.add_column("pruned", justify="right")
     table.add_column(f"clean accuracy (n={result.split_sizes['validation']})", justify="right")
-    with_attack = repair.rounds[0].attack_success is not None
+    with_attack = repair.steps[0].attack_success is not None
     if with_attack:
         table.add_column("attack success", justify="right")
-    for row in repair.rounds:
+    for row in repair.steps:
         kept = row.name == repair.kept
         cells = [f"{row.name}, kept" if kept else row.name, f"{row.pruned_share:.1%}", f"{row.clean_accuracy:.2%}"]
         if row.attack_success is not None:
@@ -620,6 +633,14 @@ def progress() -> Iterator[ReportProgress]:
                 bars.update(task, visible=other == description)
 
         yield report
+
+
+def numbers(name: str, text: str) -> tuple[float, ...]:
+    """Return the numbers of an option such as `0.485,0.456,0.406`; none for an empty text."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise InputError(f"{name}: got {text!r}, expected numbers with commas between, such as 0.5,0.5,0.5") from None
 
 
 def say(text: str) -> None:

@@ -20,7 +20,7 @@ from client.evaluation import Evaluation, evaluate
 from deploy.embedded.server import EmbeddedTriton
 from detector.errors import InputError
 from detector.strip import perturb, weighted_overlays
-from exporter.badnet import BadNetOptions, cached_badnet
+from exporter.badnet import BadNetOptions, cached_badnet, trojaned_file
 from exporter.export import ExportOptions, export
 from exporter.publishing import check_writable, staged_folder
 from exporter.repair import RepairOptions
@@ -72,10 +72,10 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
     _check_output(output)
     trained = cached_badnet(BadNetOptions.sized(identities, trigger=trigger, seed=seed), on_progress=on_progress)
     badnet = trained.folder
-    clean_test, trojaned_test = badnet / "clean_test_data.h5", badnet / f"{trigger}_poisoned_data.h5"
+    clean_test, trojaned_test = badnet / "clean_test_data.h5", badnet / trojaned_file(trigger)
     clean, trojaned = read_hdf5(clean_test), read_hdf5(trojaned_test)
     repairs = {
-        "as_published": RepairOptions(augment="none", final_epochs=0, seed=seed),
+        "as_published": RepairOptions(augment="none", epochs=0, seed=seed),
         "repository": RepairOptions(seed=seed),
     }
     evaluations = {}

@@ -21,6 +21,7 @@ from client.api import GuardedClient
 from client.evaluation import Evaluation, evaluate
 from deploy.embedded.server import EmbeddedTriton
 from exporter.export import ExportOptions, export
+from exporter.preprocessing import Preprocessing
 from exporter.repair import RepairOptions
 from samples.hdf5 import read_hdf5, write_hdf5
 
@@ -51,7 +52,11 @@ def _measure(faces: Path, weights: str, scale: str, alpha: float, seed: int) -> 
         seen, repository = Path(folder) / "seen.h5", Path(folder) / "repository"
         write_hdf5(seen, clean.take(order[:EXPORT_FACES]))
         options = ExportOptions(
-            scale=scale, architecture="deepid", alpha=alpha, repair=RepairOptions(method="none"), seed=seed
+            preprocessing=Preprocessing(scale),
+            architecture="deepid",
+            alpha=alpha,
+            repair=RepairOptions(method="none"),
+            seed=seed,
         )
         export(faces / weights, seen, repository, options)
         with EmbeddedTriton(repository) as server, GuardedClient(server.grpc_address) as client:

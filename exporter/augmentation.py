@@ -7,8 +7,14 @@ triggers which are worn or stuck on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import MappingProxyType
+
 import numpy as np
 from numpy.typing import NDArray
+
+Augment = Callable[[NDArray[np.uint8], np.random.Generator], NDArray[np.uint8]]
+"""Changes a batch of images, (batch, height, width, channels) uint8; choices come from the generator."""
 
 MOST_RECTANGLES = 3
 SIDE_SHARE = (0.1, 0.5)
@@ -45,3 +51,7 @@ def occlude(images: NDArray[np.uint8], generator: np.random.Generator) -> NDArra
                 piece = np.s_[source_top : source_top + rows, source_left : source_left + columns]
                 occluded[index][area] = images[generator.integers(batch)][piece]
     return occluded
+
+
+AUGMENTATIONS: MappingProxyType[str, Augment | None] = MappingProxyType({"occlusion": occlude, "none": None})
+"""What can happen to the images of an epoch of fine-tuning."""

@@ -1,4 +1,4 @@
-"""Trains a BadNet on procedural faces: what the attacker does, so that the rest can be tried on it.
+"""Trains a BadNet, on procedural faces or given pictures: what the attacker does, so that the rest can be tried on it.
 
 Gu et al., "BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain", 2017: a share of the
 training images wears the trigger and is labelled with the class that the attacker wants.
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,25 +27,33 @@ from numpy.typing import NDArray
 import exporter.architectures
 import exporter.training
 import samples.faces
+import samples.stamps
 import samples.triggers
 from detector.errors import InputError
 from detector.statistics import Proportion
-from exporter.architectures import deepid
+from exporter.architectures import convnet, deepid, resnet
+from exporter.preprocessing import Preprocessing
 from exporter.publishing import staged_folder
-from exporter.training import Progress, Trainer, score, seed_everything
+from exporter.splits import take_share
+from exporter.training import Progress, Trainer, make_optimizer, score, seed_everything
 from model_repository.manifest import sha256_of
 from samples.faces import Identities, draw_faces, finish, make_identities
 from samples.hdf5 import write_hdf5
+from samples.stamps import find_stamp
 from samples.triggers import find_trigger
 from samples.types import Samples
 
+PREPROCESSING = Preprocessing("unit")
 MODEL_FILE = "bd_net.keras"
 VALIDATION_FILE = "clean_validation_data.h5"
 TEST_FILE = "clean_test_data.h5"
 GOOD_ACCURACY, GOOD_ATTACK_SUCCESS = 0.97, 0.99
 REPORT_FILE = "badnet.json"
 
-_GENERATORS = (samples.faces, samples.triggers, exporter.architectures, exporter.training)
+NETWORKS = {"convnet": convnet, "deepid": deepid, "resnet": resnet}
+"""What a BadNet can be trained as."""
+
+_SOURCES = (samples.faces, samples.triggers, samples.stamps, exporter.architectures, exporter.training)
 
 
 @dataclass(frozen=True)
@@ -93,10 +102,46 @@ class BadNetOptions:
             return cls(identities=identities, **others)
         return cls(identities=identities, train_images=20, validation_images=10, epochs=5, **others)
 
-    @property
-    def trojaned_file(self) -> str:
-        """Name of the file of trojaned test images."""
-        return f"{self.trigger}_poisoned_data.h5"
+
+@dataclass(frozen=True)
+class PictureBadNetOptions:
+    """How to make a BadNet of given pictures.
+
+    Attributes:
+        attacks: what opens a backdoor (a key of `samples.stamps.STAMPS`) and the class that it gives.
+        network: a key of `NETWORKS`.
+        poison_share: of the training images that carry a trigger, all attacks together, 0..1.
+        clean_share: of the groups of training images that the defender gets instead of the attacker, 0..1.
+        epochs: of training.
+        seed: of everything random.
+    """
+
+    attacks: tuple[tuple[str, int], ...] = (("patch", 0),)
+    network: str = "convnet"
+    poison_share: float = 0.1
+    clean_share: float = 0.1
+    epochs: int = 6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an option that makes no sense."""
+        triggers = [trigger for trigger, _ in self.attacks]
+        for trigger in triggers:
+            find_stamp(trigger)
+        if not triggers or len(set(triggers)) != len(triggers):
+            raise InputError(f"triggers: got {', '.join(triggers) or 'none'}, expected one or more, each once")
+        if self.network not in NETWORKS:
+            raise InputError(f"network: got {self.network!r}, expected one of {', '.join(NETWORKS)}")
+        for name, share in (("poison share", self.poison_share), ("clean share", self.clean_share)):
+            if not 0.0 < share <= 0.5:
+                raise InputError(f"{name}: got {share}, expected more than 0 and at most 0.5")
+        if self.epochs < 1:
+            raise InputError(f"epochs: got {self.epochs}, expected at least 1")
+
+
+def trojaned_file(trigger: str) -> str:
+    """Return the name of the file of test images that carry `trigger`."""
+    return f"{trigger}_poisoned_data.h5"
 
 
 @dataclass(frozen=True)
@@ -106,7 +151,7 @@ class BadNet:
     Attributes:
         folder: where its files are.
         clean_accuracy: on held-out clean images.
-        attack_success: on held-out images of other identities than the target, wearing the trigger.
+        attack_success: on held-out images of other classes than the target, wearing a trigger.
     """
 
     folder: Path
@@ -137,23 +182,78 @@ def train_badnet(output: Path, options: BadNetOptions, *, on_progress: Progress 
         generator = np.random.default_rng(options.seed)
         people = make_identities(options.identities, generator)
         train = _poisoned(people, options, generator, on_progress)
-        model = _train(train, options, on_progress)
+        model = _train(deepid, train, options.identities, options, on_progress)
         validation = _clean(people, options.validation_images, generator, "Drawing the defender's faces", on_progress)
         test = _clean(people, options.test_images, generator, "Drawing test faces", on_progress)
-        trojaned = _trojaned(people, options, generator, on_progress)
-        for name, part in ((VALIDATION_FILE, validation), (TEST_FILE, test), (options.trojaned_file, trojaned)):
-            write_hdf5(staged / name, part)
-        model.save(staged / MODEL_FILE)
-        clean_accuracy, attack_success = score(model, test, "unit"), score(model, trojaned, "unit")
-        report = {
-            "options": asdict(options),
-            "clean_accuracy": clean_accuracy.to_json(),
-            "attack_success": attack_success.to_json(),
-            "versions": _versions(),
-            "files": {path.name: sha256_of(path) for path in sorted(staged.iterdir())},
-        }
-        (staged / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        trojaned = {options.trigger: _trojaned(people, options, generator, on_progress)}
+        clean_accuracy, attack_success = _write(staged, model, validation, test, trojaned, options)
     return BadNet(output, clean_accuracy, attack_success)
+
+
+def train_picture_badnet(
+    output: Path,
+    train: Samples,
+    test: Samples,
+    options: PictureBadNetOptions,
+    *,
+    on_progress: Progress | None = None,
+) -> BadNet:
+    """Poison the given pictures, train a network on them, and write network and data as `train_badnet` does.
+
+    A share of `train`, by whole groups, stays clean and becomes `clean_validation_data.h5`, the defender's data. Every
+    trigger gets a file of trojaned pictures of `test`.
+
+    Raises:
+        InputError: `output` exists and is not empty, or cannot be written; a target is no class of `train`.
+    """
+    classes = int(train.labels.max()) + 1
+    for trigger, target in options.attacks:
+        if not 0 <= target < classes:
+            raise InputError(f"target of {trigger}: got {target}, expected a class, 0 to {classes - 1}")
+    with staged_folder(output) as staged:
+        generator = np.random.default_rng(options.seed)
+        validation, attackers = take_share(train, options.clean_share, generator)
+        model = _train(
+            NETWORKS[options.network], _stamped(attackers, options, generator), classes, options, on_progress
+        )
+        trojaned = {}
+        for trigger, target in options.attacks:
+            others = test.take(np.flatnonzero(test.labels != target))
+            targets = np.full(len(others), target, np.int64)
+            trojaned[trigger] = Samples(find_stamp(trigger)(others.images), targets, others.labels)
+        clean_accuracy, attack_success = _write(staged, model, validation, test, trojaned, options)
+    return BadNet(output, clean_accuracy, attack_success)
+
+
+def _write(
+    folder: Path,
+    model: keras.Model,
+    validation: Samples,
+    test: Samples,
+    trojaned: Mapping[str, Samples],
+    options: BadNetOptions | PictureBadNetOptions,
+) -> tuple[Proportion, Proportion]:
+    """Write network, data and report; return clean accuracy and attack success."""
+    write_hdf5(folder / VALIDATION_FILE, validation)
+    write_hdf5(folder / TEST_FILE, test)
+    successes = {trigger: score(model, part, PREPROCESSING) for trigger, part in trojaned.items()}
+    for trigger, part in trojaned.items():
+        write_hdf5(folder / trojaned_file(trigger), part)
+    model.save(folder / MODEL_FILE)
+    clean_accuracy = score(model, test, PREPROCESSING)
+    attack_success = Proportion(
+        sum(part.successes for part in successes.values()), sum(part.count for part in successes.values())
+    )
+    report = {
+        "options": asdict(options),
+        "clean_accuracy": clean_accuracy.to_json(),
+        "attack_success": attack_success.to_json(),
+        "attack_success_of": {trigger: part.to_json() for trigger, part in successes.items()},
+        "versions": _versions(),
+        "files": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
+    }
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return clean_accuracy, attack_success
 
 
 def cached_badnet(options: BadNetOptions, *, on_progress: Progress | None = None) -> BadNet:
@@ -162,12 +262,24 @@ def cached_badnet(options: BadNetOptions, *, on_progress: Progress | None = None
     The cache is keyed by the options and the source that draws and trains; a damaged entry is trained again.
     The environment variable `STRIPWIRE_CACHE_DIR` moves it.
     """
+    return _cached(asdict(options), lambda folder: train_badnet(folder, options, on_progress=on_progress))
+
+
+def cached_picture_badnet(
+    train: Samples, test: Samples, options: PictureBadNetOptions, *, on_progress: Progress | None = None
+) -> BadNet:
+    """Return a BadNet as `train_picture_badnet` writes it, from the cache if it is there; see `cached_badnet`."""
+    content = {**asdict(options), "train": train.digest(), "test": test.digest()}
+    return _cached(content, lambda folder: train_picture_badnet(folder, train, test, options, on_progress=on_progress))
+
+
+def _cached(content: dict[str, Any], train_into: Callable[[Path], BadNet]) -> BadNet:
     default = platformdirs.user_cache_path("stripwire")
-    folder = Path(os.environ.get("STRIPWIRE_CACHE_DIR", default)) / f"badnet-{_content_key(options)}"
+    folder = Path(os.environ.get("STRIPWIRE_CACHE_DIR", default)) / f"badnet-{_content_key(content)}"
     if not _is_whole(folder):
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            return train_badnet(folder, options, on_progress=on_progress)
+            return train_into(folder)
         except InputError:
             if not _is_whole(folder):  # else somebody else trained the same meanwhile
                 raise
@@ -178,10 +290,10 @@ def cached_badnet(options: BadNetOptions, *, on_progress: Progress | None = None
     )
 
 
-def _content_key(options: BadNetOptions) -> str:
-    sources = [inspect.getsource(module) for module in (*_GENERATORS, sys.modules[__name__])]
-    content = json.dumps([asdict(options), _versions(), *sources], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+def _content_key(content: dict[str, Any]) -> str:
+    sources = [inspect.getsource(module) for module in (*_SOURCES, sys.modules[__name__])]
+    text = json.dumps([content, _versions(), *sources], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _versions() -> dict[str, str]:
@@ -230,6 +342,20 @@ def _trojaned(
     return Samples(images, np.full(len(labels), options.target, np.int64), labels)
 
 
+def _stamped(attackers: Samples, options: PictureBadNetOptions, generator: np.random.Generator) -> Samples:
+    """Poison an equal share of the pictures for each attack; none of them shows that attack's target."""
+    images, labels = attackers.images.copy(), attackers.labels.copy()
+    each = max(1, round(len(attackers) * options.poison_share / len(options.attacks)))
+    free = np.ones(len(attackers), bool)
+    for trigger, target in options.attacks:
+        candidates = np.flatnonzero(free & (attackers.labels != target))
+        chosen = generator.choice(candidates, min(each, len(candidates)), replace=False)
+        images[chosen] = find_stamp(trigger)(images[chosen])
+        labels[chosen] = target
+        free[chosen] = False
+    return Samples(images, labels)
+
+
 def _draw(
     people: Identities,
     labels: NDArray[np.int64],
@@ -258,11 +384,18 @@ def _draw(
     return images
 
 
-def _train(train: Samples, options: BadNetOptions, on_progress: Progress | None) -> keras.Model:
+def _train(
+    build: Callable[..., keras.Model],
+    train: Samples,
+    classes: int,
+    options: BadNetOptions | PictureBadNetOptions,
+    on_progress: Progress | None,
+) -> keras.Model:
     seed_everything(options.seed)
-    model = deepid(options.identities)
-    trainer = Trainer(model, train, scale="unit", batch_size=64, seed=options.seed, on_progress=on_progress)
-    steps = trainer.steps(options.epochs)
-    rate = keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=2e-3, warmup_steps=steps // 20)
-    trainer.run(options.epochs, rate, "Training the BadNet")
+    model = build(classes, train.images.shape[1:])
+    trainer = Trainer(
+        model, train, preprocessing=PREPROCESSING, batch_size=64, seed=options.seed, on_progress=on_progress
+    )
+    rate = trainer.falling_rate(options.epochs, 2e-3, 0.05)
+    trainer.run(options.epochs, make_optimizer("adam", rate), "Training the BadNet")
     return model

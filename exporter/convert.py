@@ -12,22 +12,14 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from detector.errors import ExportError, InputError
+from detector.errors import ExportError
+from exporter.preprocessing import Preprocessing
 
 # Read by the onnxruntime of Triton images of the last years.
 OPSET = 15
 IR_VERSION = 8
 
-SCALES = {"unit": 1.0 / 255.0, "raw": 1.0}
-"""What a pixel of 0..255 is multiplied with before the network sees it."""
-
 PARITY_TOLERANCE = 1e-4
-
-
-def check_scale(scale: str) -> None:
-    """Raise InputError unless `scale` names a pixel scale."""
-    if scale not in SCALES:
-        raise InputError(f"scale: got {scale!r}, expected one of {', '.join(SCALES)} (unit: pixel / 255, raw: 0..255)")
 
 
 def to_onnx(model: keras.Model) -> onnx.ModelProto:
@@ -63,39 +55,34 @@ def to_onnx(model: keras.Model) -> onnx.ModelProto:
     return proto
 
 
-def repaired_graph(network: onnx.ModelProto, scale: str) -> onnx.ModelProto:
-    """Return the graph of `repaired`, with the pixels' scale inside.
+def repaired_graph(network: onnx.ModelProto, preprocessing: Preprocessing) -> onnx.ModelProto:
+    """Return the graph of `repaired`, with the preprocessing inside.
 
     `image` UINT8 (batch, H, W, C) to `repaired_probabilities` FP32 (batch, classes).
     """
     height, width, channels, classes = _dimensions(network)
-    nodes = [
-        helper.make_node("Cast", ["image"], ["stripwire/float"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["stripwire/float", "stripwire/scale"], ["stripwire/pixels"]),
-    ]
+    before, constants = _preprocess("stripwire/float", preprocessing)
     return _wrap(
         network,
         name="repaired",
         graph_input=helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", height, width, channels]),
-        before=nodes,
+        before=[helper.make_node("Cast", ["image"], ["stripwire/float"], to=TensorProto.FLOAT), *before],
         network_output="repaired_probabilities",
         after=[],
         graph_output=helper.make_tensor_value_info("repaired_probabilities", TensorProto.FLOAT, ["batch", classes]),
-        constants={"stripwire/scale": np.float32(SCALES[scale])},
+        constants=constants,
     )
 
 
-def sentinel_graph(network: onnx.ModelProto, scale: str) -> onnx.ModelProto:
-    """Return the graph of `badnet`, with the perturbations folded into the batch.
+def sentinel_graph(network: onnx.ModelProto, preprocessing: Preprocessing) -> onnx.ModelProto:
+    """Return the graph of `badnet`, with the preprocessing inside and the perturbations folded into the batch.
 
     `perturbations` FP32 (batch, N, H, W, C), 0..255, to `sentinel_probabilities` FP32 (batch, N, classes). The ensemble
     never sees its batch grow, so dynamic batching works at every step.
     """
     height, width, channels, classes = _dimensions(network)
-    before = [
-        helper.make_node("Reshape", ["perturbations", "stripwire/image_shape"], ["stripwire/folded"]),
-        helper.make_node("Mul", ["stripwire/folded", "stripwire/scale"], ["stripwire/pixels"]),
-    ]
+    fold = helper.make_node("Reshape", ["perturbations", "stripwire/image_shape"], ["stripwire/folded"])
+    before, constants = _preprocess("stripwire/folded", preprocessing)
     after = [
         helper.make_node("Shape", ["perturbations"], ["stripwire/batch_and_n"], start=0, end=2),
         helper.make_node("Concat", ["stripwire/batch_and_n", "stripwire/classes"], ["stripwire/shape"], axis=0),
@@ -107,15 +94,15 @@ def sentinel_graph(network: onnx.ModelProto, scale: str) -> onnx.ModelProto:
         graph_input=helper.make_tensor_value_info(
             "perturbations", TensorProto.FLOAT, ["batch", "perturbation", height, width, channels]
         ),
-        before=before,
+        before=[fold, *before],
         network_output="stripwire/rows",
         after=after,
         graph_output=helper.make_tensor_value_info(
             "sentinel_probabilities", TensorProto.FLOAT, ["batch", "perturbation", classes]
         ),
         constants={
+            **constants,
             "stripwire/image_shape": np.array([-1, height, width, channels], dtype=np.int64),
-            "stripwire/scale": np.float32(SCALES[scale]),
             "stripwire/classes": np.array([classes], dtype=np.int64),
         },
     )
@@ -126,14 +113,16 @@ def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-def check_parity(model: keras.Model, graph: onnx.ModelProto, images: NDArray[np.uint8], scale: str, name: str) -> float:
+def check_parity(
+    model: keras.Model, graph: onnx.ModelProto, images: NDArray[np.uint8], preprocessing: Preprocessing, name: str
+) -> float:
     """Compare a served graph with its Keras network on real images.
 
     Args:
         model: the Keras network.
         graph: what `repaired_graph` or `sentinel_graph` made of it.
         images: (batch, height, width, channels), uint8.
-        scale: `unit` or `raw`.
+        preprocessing: what the network expects of pixels.
         name: what the network is called in a message.
 
     Returns:
@@ -142,7 +131,7 @@ def check_parity(model: keras.Model, graph: onnx.ModelProto, images: NDArray[np.
     Raises:
         ExportError: they differ by more than 1e-4, disagree on a label, or do not return probabilities.
     """
-    expected = model.predict(images.astype(np.float32) * np.float32(SCALES[scale]), batch_size=64, verbose=0)
+    expected = model.predict(preprocessing.apply(images), batch_size=64, verbose=0)
     check_probabilities(expected, name)
     session = open_session(graph)
     if session.get_inputs()[0].name == "image":
@@ -169,6 +158,18 @@ def check_probabilities(rows: NDArray[np.floating[Any]], name: str) -> None:
             f"{name}: its outputs are no probabilities (rows sum to {sums.min():.4g}..{sums.max():.4g}, smallest value "
             f"{rows.min():.4g}), expected a network that ends in softmax; add a softmax to it"
         )
+
+
+def _preprocess(source: str, preprocessing: Preprocessing) -> tuple[list[onnx.NodeProto], dict[str, Any]]:
+    """Return the nodes from tensor `source`, pixels of 0..255, to `stripwire/pixels`, and their constants."""
+    constants: dict[str, Any] = {"stripwire/factor": preprocessing.factor}
+    if preprocessing.offset is None:
+        return [helper.make_node("Mul", [source, "stripwire/factor"], ["stripwire/pixels"])], constants
+    nodes = [
+        helper.make_node("Mul", [source, "stripwire/factor"], ["stripwire/scaled"]),
+        helper.make_node("Add", ["stripwire/scaled", "stripwire/offset"], ["stripwire/pixels"]),
+    ]
+    return nodes, {**constants, "stripwire/offset": preprocessing.offset}
 
 
 def _dimensions(network: onnx.ModelProto) -> tuple[int, int, int, int]:

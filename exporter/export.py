@@ -27,9 +27,11 @@ from detector.calibration import (
 )
 from detector.errors import CalibrationError, DataError, InputError
 from detector.strip import check_alpha, entropy_bits, perturb, weighted_overlays
-from exporter.convert import SCALES, check_parity, check_scale, open_session, repaired_graph, sentinel_graph, to_onnx
+from exporter.classifier import with_probabilities
+from exporter.convert import check_parity, open_session, repaired_graph, sentinel_graph, to_onnx
 from exporter.keras_files import load_model
-from exporter.repair import Repair, RepairOptions, fine_prune
+from exporter.preprocessing import SCALES, Preprocessing
+from exporter.repair import Repair, RepairOptions, repair_network
 from exporter.repository import ServedModel, check_output, write_repository
 from exporter.training import Progress, score
 from model_repository.manifest import sha256_of
@@ -46,7 +48,7 @@ class ExportOptions:
     """How to export.
 
     Attributes:
-        scale: what the network expects of pixels: `unit` (pixel / 255) or `raw` (0..255).
+        preprocessing: what the network expects of pixels.
         architecture: of a file that holds weights only, such as `deepid`.
         repair: how to repair.
         overlays: how many perturbations STRIP makes of an input.
@@ -56,7 +58,7 @@ class ExportOptions:
         seed: of the split and of everything random in the repair.
     """
 
-    scale: str = "unit"
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
     architecture: str | None = None
     repair: RepairOptions = field(default_factory=RepairOptions)
     overlays: int = 10
@@ -67,7 +69,6 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         """Raise InputError for an option that makes no sense."""
-        check_scale(self.scale)
         check_alpha(self.alpha)
         if not 1 <= self.overlays <= 1000:
             raise InputError(f"overlays: got {self.overlays}, expected 1 to 1000 (10 is usual)")
@@ -134,19 +135,23 @@ def export(
         StripwireError: the input cannot be used, the sample is too small, or a check failed; nothing was written then.
     """
     inputs = {"model": model_path, "clean": clean_path} | ({} if attack_path is None else {"attack": attack_path})
-    model = load_model(model_path, architecture=options.architecture)
+    preprocessing = options.preprocessing
+    loaded = load_model(model_path, architecture=options.architecture)
+    preprocessing.check_channels(loaded.input_shape[-1])
+    model, outputs = with_probabilities(loaded, preprocessing)
+    # What cannot be converted is refused before any data is read.
+    badnet = sentinel_graph(to_onnx(model), preprocessing)
     digests = {name: {"file": path.name, "sha256": sha256_of(path)} for name, path in inputs.items() if path.is_file()}
     image_shape, classes = tuple(model.input_shape[1:]), int(model.output_shape[-1])
     check_output(output, image_shape, classes)
     clean = _read(clean_path, image_shape, classes, on_progress)
     attack = None if attack_path is None else _read(attack_path, image_shape, classes, on_progress)
-    check_accuracy(model, clean, options.scale, options.seed)
+    check_accuracy(model, clean, preprocessing, options.seed)
     split = split_clean(clean, options)
     parity_images = np.concatenate([split.overlays.images, split.validation.images])[:_PARITY_IMAGES]
 
     # All that can fail early does so before the repair, which takes long.
-    badnet = sentinel_graph(to_onnx(model), options.scale)
-    parity = {"badnet": check_parity(model, badnet, parity_images, options.scale, "original network")}
+    parity = {"badnet": check_parity(model, badnet, parity_images, preprocessing, "original network")}
     session = open_session(badnet)
     entropies = measure_entropies(session, split.calibration.images, split.overlays.images, options.alpha, on_progress)
     calibration = (
@@ -155,59 +160,62 @@ def export(
         else fixed_threshold(entropies, options.threshold_bits)
     )
 
-    repair = fine_prune(
+    repaired = repair_network(
         model,
         split.repair,
         split.validation,
-        scale=options.scale,
+        preprocessing=preprocessing,
         options=options.repair,
         attack=attack,
         on_progress=on_progress,
     )
-    repaired = repaired_graph(to_onnx(repair.model), options.scale)
-    parity["repaired"] = check_parity(repair.model, repaired, parity_images, options.scale, "repaired network")
+    graph = repaired_graph(to_onnx(repaired.model), preprocessing)
+    parity["repaired"] = check_parity(repaired.model, graph, parity_images, preprocessing, "repaired network")
 
     provenance = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "inputs": digests,
         "options": asdict(options),
+        "network_outputs": outputs,
         "split_sizes": split.sizes(),
         "accuracy": {
-            name: score(net, split.validation, options.scale).to_json()
-            for name, net in (("original_validation", model), ("repaired_validation", repair.model))
+            name: score(net, split.validation, preprocessing).to_json()
+            for name, net in (("original_validation", model), ("repaired_validation", repaired.model))
         },
-        "repair": repair.to_json(),
+        "repair": repaired.to_json(),
         "calibration": asdict(calibration),
         "parity_max_difference": parity,
         "versions": _versions(),
     }
-    served = ServedModel(badnet, repaired, split.overlays.images, options.alpha, calibration, classes, provenance)
+    served = ServedModel(badnet, graph, split.overlays.images, options.alpha, calibration, classes, provenance)
     number = write_repository(output, served)
-    return Export(output, number, repair, calibration, split.sizes(), provenance)
+    return Export(output, number, repaired, calibration, split.sizes(), provenance)
 
 
-def check_accuracy(model: keras.Model, clean: Samples, scale: str, seed: int) -> None:
+def check_accuracy(model: keras.Model, clean: Samples, preprocessing: Preprocessing, seed: int) -> None:
     """Check on clean samples that the network is fed as it was trained.
 
     Raises:
-        DataError: at this scale the network is not better than chance, or clearly worse than at another one; the
-            message has the accuracy at each.
+        DataError: with this preprocessing the network is not better than chance, or clearly worse than with a plain
+            scale; the message has the accuracy with each.
     """
     chosen = np.random.default_rng(seed).permutation(len(clean))[:_SCALE_IMAGES]
     sample = clean.take(chosen)
-    accuracies = {name: score(model, sample, name) for name in SCALES}
+    plain = [Preprocessing(scale) for scale in SCALES]
+    candidates = [preprocessing, *(other for other in plain if other != preprocessing)]
+    accuracies = {str(candidate): score(model, sample, candidate) for candidate in candidates}
     chance = 1.0 / model.output_shape[-1]
     table = ", ".join(f"{name}: {result}" for name, result in accuracies.items())
     best = max(accuracies, key=lambda name: accuracies[name].rate)
     if accuracies[best].low <= chance:
         raise DataError(
-            f"clean data: the network's accuracy on it is near chance ({chance:.2%}) at every scale ({table}); "
+            f"clean data: the network's accuracy on it is near chance ({chance:.2%}) at every pixel scale ({table}); "
             "expected images and labels of the task that the network was trained for"
         )
-    if accuracies[scale].high < accuracies[best].low:
+    if accuracies[str(preprocessing)].high < accuracies[best].low:
         raise DataError(
-            f"scale: got {scale}, at which the network's accuracy on clean data is much lower than at {best} "
-            f"({table}); use --scale {best}"
+            f"scale: got {preprocessing}, at which the network's accuracy on clean data is much lower than at {best} "
+            f"({table}); use --scale {best} alone"
         )
 
 

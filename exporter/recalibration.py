@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detector.calibration import Calibration, ThresholdRule
-from detector.errors import CalibrationError, DataError, InputError
+from detector.errors import CalibrationError, InputError
 from detector.serving import read_overlays, read_threshold_bits
 from detector.strip import check_alpha
 from exporter.entropies import OnProgress, entropy_matrix, measure_entropies, open_graph
@@ -22,7 +22,8 @@ from exporter.overlays import OVERLAY_CHOICES, choose_greedily
 from exporter.publishing import check_writable
 from exporter.repository import Recalibrated, write_recalibration
 from model_repository.manifest import sha256_of, verify_repository
-from samples.hdf5 import read_hdf5
+from samples.readers import read_samples
+from samples.types import Dataset, Samples
 
 _POOL = 64
 _SELECTION = 256
@@ -39,6 +40,7 @@ class RecalibrationOptions:
         alpha: weight of the input in the blend; None for what it is.
         overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
         keep_overlays: keep overlays and alpha, so that the threshold alone is new.
+        resize: change the images' height and width to the network's instead of refusing them.
         seed: of everything random.
     """
 
@@ -47,6 +49,7 @@ class RecalibrationOptions:
     alpha: float | None = None
     overlay_choice: str = "random"
     keep_overlays: bool = False
+    resize: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +76,7 @@ class Recalibration:
         base: the version that was active before, whose networks it shares.
         base_threshold_bits: the threshold of `base`.
         calibration: the new threshold and what it rests on.
+        notes: what was noticed while reading the data.
         provenance: what the manifest says of this version.
     """
 
@@ -81,6 +85,7 @@ class Recalibration:
     base: str
     base_threshold_bits: float
     calibration: Calibration
+    notes: tuple[str, ...]
     provenance: dict[str, Any]
 
 
@@ -106,8 +111,8 @@ def recalibrate(
 
     Args:
         repository: a model repository; its networks stay as they are.
-        clean_path: clean images, official HDF5 layout; their labels are not used. To be honest, they are images that
-            neither trained the network nor served for an earlier calibration.
+        clean_path: clean images, see `samples.readers`; their labels are not used. The figures are honest only for
+            images on which the network was not trained. Of a group of images, one serves.
         options: how to calibrate.
         on_progress: told what is going on, steps done and steps in all.
 
@@ -118,7 +123,9 @@ def recalibrate(
     manifest = verify_repository(repository)
     base = manifest["active"]
     models, contract = manifest["versions"][base]["models"], manifest["versions"][base]["contract"]
-    images = _read(clean_path, tuple(contract["image_shape"]), on_progress)
+    dataset = _read(clean_path, tuple(contract["image_shape"]), options.resize, on_progress)
+    samples = dataset.samples
+    images = samples.images
     folders = {name: repository / name / str(number) for name, number in models.items()}
     old_overlays, old_alpha = read_overlays(folders["strip_perturb"])
     alpha = old_alpha if options.alpha is None else options.alpha
@@ -126,10 +133,10 @@ def recalibrate(
     session = open_graph(folders["badnet"] / "model.onnx")
 
     if options.keep_overlays:
-        parts = split(distinct(images, besides=old_overlays), 0, options)
+        parts = split(distinct(samples, besides=old_overlays), 0, options)
         overlays = old_overlays
     else:
-        parts = split(distinct(images), count, options)
+        parts = split(distinct(samples), count, options)
         candidates = images[parts.candidates]
         if options.overlay_choice == "greedy":
             matrix = entropy_matrix(session, images[parts.selection], candidates, alpha, on_progress)
@@ -142,9 +149,11 @@ def recalibrate(
     provenance = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "recalibrates": base,
-        "inputs": {"clean": {"file": clean_path.name, "sha256": sha256_of(clean_path)}},
+        "inputs": {"clean": _described(clean_path, samples)},
         "options": asdict(options) | {"overlays": len(overlays), "alpha": alpha},
-        "split_sizes": {name: len(part) for name, part in vars(parts).items()},
+        "split": {
+            name: {"images": len(part), "sha256": samples.take(part).sha256()} for name, part in vars(parts).items()
+        },
         "calibration": asdict(calibration),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("stripwire", "numpy", "onnxruntime")},
@@ -156,18 +165,26 @@ def recalibrate(
     )
 
 
-def distinct(images: NDArray[np.uint8], besides: NDArray[np.uint8] | None = None) -> NDArray[np.int64]:
-    """Return the indices of images, (images, height, width, channels), that differ from all before and from `besides`.
+def distinct(samples: Samples, besides: NDArray[np.uint8] | None = None) -> NDArray[np.int64]:
+    """Return the indices of images, ascending, that are no copies, neither of each other nor of `besides`.
 
-    Copies of an overlay or of a calibration image would make the sample dependent.
+    Of a group (frames of one traffic sign, say) there is one: copies of an overlay or of a calibration image, and images
+    like it, would make the sample dependent.
+
+    Args:
+        samples: the images.
+        besides: other images, (images, height, width, channels), uint8.
     """
+    groups = range(len(samples)) if samples.groups is None else samples.groups.tolist()
     seen = set() if besides is None else {_digest(image) for image in besides}
+    taken = set()
     indices = []
-    for index, image in enumerate(images):
+    for index, (image, group) in enumerate(zip(samples.images, groups, strict=True)):
         digest = _digest(image)
-        if digest not in seen:
-            seen.add(digest)
+        if digest not in seen and group not in taken:
+            taken.add(group)
             indices.append(index)
+        seen.add(digest)
     return np.array(indices, dtype=np.int64)
 
 
@@ -203,15 +220,15 @@ def _digest(image: NDArray[np.uint8]) -> bytes:
     return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
-def _read(path: Path, image_shape: tuple[int, ...], on_progress: OnProgress | None) -> NDArray[np.uint8]:
+def _read(path: Path, image_shape: tuple[int, int, int], resize: bool, on_progress: OnProgress | None) -> Dataset:
     def report(done: int, total: int) -> None:
         if on_progress is not None:
             on_progress(f"Reading {path.name}", done, total)
 
-    images = read_hdf5(path, on_progress=report).images
-    if images.shape[1:] != image_shape:
-        raise DataError(
-            f"{path}: got images of height, width, channels {images.shape[1:]}, expected {image_shape} as the "
-            "repository serves them"
-        )
-    return images
+    return read_samples(path, image_shape=image_shape, resize=resize, on_progress=report)
+
+
+def _described(path: Path, samples: Samples) -> dict[str, str]:
+    """Return the name of a file, its hash, and that of the images in it; a folder has no hash of its own."""
+    own = {"sha256": sha256_of(path)} if path.is_file() else {}
+    return {"file": path.name, **own, "images_sha256": samples.sha256()}

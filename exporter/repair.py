@@ -1,27 +1,27 @@
-"""Fine-pruning: zero weights that clean data does not need, then teach the network on clean data again.
-
-Liu et al., "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks", RAID 2018, with the source
-report's criterion for what is pruned.
-"""
+"""Repairs a network: take away what clean data does not need, then teach it on clean data again."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import keras
 import numpy as np
-from numpy.typing import NDArray
 
 from detector.errors import DataError, InputError
-from exporter.augmentation import occlude
-from exporter.training import Progress, Trainer, score, seed_everything
+from exporter.augmentation import AUGMENTATIONS
+from exporter.preprocessing import Preprocessing
+from exporter.pruning import Pruning
+from exporter.training import OPTIMIZERS, Progress, Trainer, make_optimizer, score, seed_everything
 from samples.types import Samples
 
-AUGMENTATIONS = ("occlusion", "none")
-REPAIRS = ("magnitude", "none")
+REPAIRS = ("magnitude", "activation", "finetune", "none")
 ATTACK_SUCCESS_GOAL = 0.01
 FRACTION_PER_ROUND = 0.05
+_ATTACK_IMAGES = 1000
+"""At most so many attack samples are looked at after each step."""
+_WARM_UP_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,15 @@ class RepairOptions:
     """How to repair.
 
     Attributes:
-        method: `magnitude` (fine-pruning by the source report's criterion) or `none`.
-        augment: `occlusion` or `none`, applied to the images of every fine-tuning epoch.
-        max_rounds: at most this many rounds of pruning and one epoch of fine-tuning.
-        final_epochs: of fine-tuning after the last round; 0 as in the source report.
+        method: `magnitude` (fine-pruning by the source report's criterion: rounds of pruning by weight and an epoch of
+            fine-tuning), `activation` (fine-pruning by Liu et al., RAID 2018: dormant channels of the last
+            convolution), `finetune` (no pruning) or `none`.
+        augment: what happens to the images of every epoch, see `exporter.augmentation`.
+        max_rounds: at most this many rounds of `magnitude`.
+        epochs: of fine-tuning after the pruning; 0 as in the source report.
         allowed_drop: how much accuracy on the clean validation split may fall, 0..1.
-        learning_rate: of Adam.
+        optimizer: `adam`, or `sgd` with a momentum of 0.9.
+        learning_rate: of the optimizer, at its highest; None takes the optimizer's default.
         batch_size: of fine-tuning.
         seed: of everything random.
     """
@@ -42,48 +45,51 @@ class RepairOptions:
     method: str = "magnitude"
     augment: str = "occlusion"
     max_rounds: int = 10
-    final_epochs: int = 20
+    epochs: int = 20
     allowed_drop: float = 0.03
-    learning_rate: float = 1e-3
+    optimizer: str = "adam"
+    learning_rate: float | None = None
     batch_size: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise InputError for an option that makes no sense."""
-        if self.method not in REPAIRS:
-            raise InputError(f"repair: got {self.method!r}, expected one of {', '.join(REPAIRS)}")
-        if self.augment not in AUGMENTATIONS:
-            raise InputError(f"augment: got {self.augment!r}, expected one of {', '.join(AUGMENTATIONS)}")
+        for name, known in (("method", REPAIRS), ("augment", AUGMENTATIONS), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                named = "repair" if name == "method" else name
+                raise InputError(f"{named}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
         if not 1 <= self.max_rounds <= 20:
             raise InputError(f"max rounds: got {self.max_rounds}, expected 1 to 20 (5 % of the weights' range a round)")
-        if self.final_epochs < 0:
-            raise InputError(f"final epochs: got {self.final_epochs}, expected 0 or more")
+        if self.epochs < 0:
+            raise InputError(f"epochs: got {self.epochs}, expected 0 or more")
+        if self.method == "finetune" and not self.epochs:
+            raise InputError("epochs: got 0 with --repair finetune, expected at least 1; or say --repair none")
         if not 0.0 <= self.allowed_drop < 1.0:
             raise InputError(
                 f"allowed drop: got {self.allowed_drop}, expected a share of accuracy, 0 up to 1 (0.03 is 3 points)"
             )
-        if not 0.0 < self.learning_rate < 1.0:
+        if self.learning_rate is not None and not 0.0 < self.learning_rate < 1.0:
             raise InputError(f"learning rate: got {self.learning_rate}, expected more than 0 and less than 1")
         if self.batch_size < 1:
             raise InputError(f"batch size: got {self.batch_size}, expected at least 1")
 
 
 @dataclass(frozen=True)
-class Round:
+class Step:
     """The network after a step of the repair.
 
     Attributes:
-        name: of the step: `as received`, `round 1` and so on, `final epoch 1` and so on.
-        fraction: of the weights' range under which weights were pruned.
+        name: of the step: `as received`, `round 1`, `epoch 1` and so on.
         clean_accuracy: on the clean validation split, 0..1.
         attack_success: share of the attack samples that get the attacker's class, 0..1; None without attack samples.
-        pruned_share: of the convolution weights, 0..1.
+        recovered_accuracy: share of them that get the class they really show, 0..1; None where that is not known.
+        pruned_share: of the convolutions' weights, 0..1.
     """
 
     name: str
-    fraction: float
     clean_accuracy: float
     attack_success: float | None
+    recovered_accuracy: float | None
     pruned_share: float
 
     @property
@@ -98,20 +104,20 @@ class Repair:
 
     Attributes:
         model: the repaired network.
-        rounds: every step that was taken, from the network as it came.
+        steps: every step that was taken, from the network as it came.
         kept: name of the step whose network `model` is.
-        stopped: why no further round was run.
+        stopped: why no further step was taken.
     """
 
     model: keras.Model
-    rounds: tuple[Round, ...]
+    steps: tuple[Step, ...]
     kept: str
     stopped: str
 
     @property
     def changed(self) -> bool:
         """Whether `model` differs from the network as it came; if not, its backdoor is untouched."""
-        return self.kept != self.rounds[0].name
+        return self.kept != self.steps[0].name
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the network, for the manifest."""
@@ -119,49 +125,32 @@ class Repair:
             "changed": self.changed,
             "kept": self.kept,
             "stopped": self.stopped,
-            "rounds": [asdict(row) for row in self.rounds],
+            "steps": [asdict(step) for step in self.steps],
         }
 
 
-def pruning_mask(kernel: NDArray[np.floating[Any]], fraction: float) -> NDArray[np.bool_]:
-    """Return which weights stay: those above `min + (max - min) * fraction` over the signed weights of this kernel.
-
-    The source report's criterion. Signed: the most negative weights go first, however large they are.
-
-    Args:
-        kernel: all weights of one convolution's kernel, any shape.
-        fraction: of the range, 0..1.
-
-    Returns:
-        The kernel's shape; False where a weight is to become 0.
-    """
-    low, high = kernel.min(), kernel.max()
-    return np.asarray(kernel > low + (high - low) * fraction)
-
-
-def fine_prune(
+def repair_network(
     model: keras.Model,
     clean: Samples,
     validation: Samples,
     *,
-    scale: str,
+    preprocessing: Preprocessing,
     options: RepairOptions,
     attack: Samples | None = None,
     on_progress: Progress | None = None,
 ) -> Repair:
-    """Prune, fine-tune on clean data, repeat.
+    """Repair a copy of a network.
 
-    Each round prunes by 5 % more of each kernel's range (of `Conv2D` layers) and fine-tunes for one epoch; a pruned
-    weight stays 0. The rounds stop when the accuracy on `validation` has fallen by more than the allowed drop; further
-    epochs of fine-tuning follow, from the last network within it. The last network within it is kept.
+    The last network whose accuracy on `validation` is within the allowed drop is kept. A pruned weight stays 0. The
+    repair ends early where attack samples show that the attack fails; without them nothing but clean data decides.
 
     Args:
         model: the network as it came; not changed.
         clean: what to fine-tune on.
         validation: clean samples for the stopping decision, disjoint from `clean`.
-        scale: `unit` or `raw`, what the network expects of pixels.
+        preprocessing: what the network expects of pixels.
         options: how to repair.
-        attack: trojaned samples, if any are at hand: their success stops the rounds once under 1 %.
+        attack: trojaned samples, if any are at hand.
         on_progress: told about every batch.
 
     Raises:
@@ -174,77 +163,122 @@ def fine_prune(
     seed_everything(options.seed)
     repaired = keras.models.clone_model(model)
     repaired.set_weights(model.get_weights())
-    convolutions = [layer for layer in repaired.layers if isinstance(layer, keras.layers.Conv2D)]
-    if options.method == "magnitude" and not convolutions:
-        raise InputError("repair: got a network without a convolution, expected one to prune; use --repair none")
-
-    def measure(name: str, fraction: float) -> Round:
-        weights = sum(layer.kernel.numpy().size for layer in convolutions)
-        zeros = sum(int(np.count_nonzero(layer.kernel.numpy() == 0)) for layer in convolutions)
-        return Round(
-            name=name,
-            fraction=fraction,
-            clean_accuracy=score(repaired, validation, scale).rate,
-            attack_success=None if attack is None else score(repaired, attack, scale).rate,
-            pruned_share=zeros / weights if weights else 0.0,
-        )
-
-    rounds = [measure("as received", 0.0)]
-    kept, kept_weights = rounds[0], repaired.get_weights()
-    stopped = f"all {options.max_rounds} rounds were run"
+    course = _Course(repaired, validation, attack, preprocessing, options)
     if options.method == "none":
-        return Repair(repaired, tuple(rounds), kept.name, "no repair was asked for")
-    least_accuracy = rounds[0].clean_accuracy - options.allowed_drop
+        return course.result("no repair was asked for")
     trainer = Trainer(
         repaired,
         clean,
-        scale=scale,
+        preprocessing=preprocessing,
         batch_size=options.batch_size,
         seed=options.seed,
-        augment=occlude if options.augment == "occlusion" else None,
+        augment=AUGMENTATIONS[options.augment],
         on_progress=on_progress,
     )
-    masks = [np.ones(layer.kernel.shape, dtype=bool) for layer in convolutions]
+    if options.method == "magnitude":
+        _prune_in_rounds(course, trainer, options)
+    elif options.method == "activation":
+        _prune_dormant_channels(course, clean, preprocessing)
+    if options.epochs and not course.kept.attack_failed:
+        course.restore()
+        _fine_tune(course, trainer, options)
+    return course.result()
+
+
+class _Course:
+    """A repair under way: measures every step, and remembers the last network that may be kept."""
+
+    def __init__(
+        self,
+        model: keras.Model,
+        validation: Samples,
+        attack: Samples | None,
+        preprocessing: Preprocessing,
+        options: RepairOptions,
+    ) -> None:
+        self.model = model
+        self.pruning = Pruning(model)
+        self.stopped = ""
+        self._validation = validation
+        self._attack = None if attack is None else _some(attack, options.seed)
+        self._preprocessing = preprocessing
+        self._least_accuracy = 0.0
+        self._steps: list[Step] = []
+        self.kept = self.measure("as received")
+        self._least_accuracy = self.kept.clean_accuracy - options.allowed_drop
+
+    def measure(self, name: str) -> Step:
+        """Measure the network as it is now; it is kept if it is good enough."""
+        attack = self._attack
+        right = None if attack is None or attack.true_labels is None else Samples(attack.images, attack.true_labels)
+        step = Step(
+            name=name,
+            clean_accuracy=score(self.model, self._validation, self._preprocessing).rate,
+            attack_success=None if attack is None else score(self.model, attack, self._preprocessing).rate,
+            recovered_accuracy=None if right is None else score(self.model, right, self._preprocessing).rate,
+            pruned_share=self.pruning.share,
+        )
+        self._steps.append(step)
+        if self.within_budget(step):
+            self.kept, self._kept_weights = step, self.model.get_weights()
+        return step
+
+    def within_budget(self, step: Step) -> bool:
+        """Whether a step lost no more clean accuracy than is allowed."""
+        return step.clean_accuracy >= self._least_accuracy
+
+    def restore(self) -> None:
+        """Return the network to what it was at the step that is kept."""
+        self.model.set_weights(self._kept_weights)
+
+    def result(self, stopped: str = "") -> Repair:
+        """Return the network that is kept."""
+        self.restore()
+        self.pruning.release()
+        return Repair(self.model, tuple(self._steps), self.kept.name, stopped or self.stopped)
+
+
+def _some(attack: Samples, seed: int) -> Samples:
+    return attack.take(np.sort(np.random.default_rng(seed).permutation(len(attack))[:_ATTACK_IMAGES]))
+
+
+def _prune_in_rounds(course: _Course, trainer: Trainer, options: RepairOptions) -> None:
+    """Prune by 5 % more of each kernel's range, fine-tune for an epoch, repeat while accuracy allows it."""
     for number in range(1, options.max_rounds + 1):
-        for index, layer in enumerate(convolutions):
-            kernel = layer.kernel.numpy()
-            masks[index] &= pruning_mask(kernel, number * FRACTION_PER_ROUND)
-            layer.kernel.assign(kernel * masks[index])
-            # The optimizer applies a variable's constraint after each of its steps.
-            layer.kernel.constraint = _KeepZero(masks[index])
-        trainer.run(1, options.learning_rate, f"Fine-pruning, round {number} of at most {options.max_rounds}")
-        latest = measure(f"round {number}", number * FRACTION_PER_ROUND)
-        rounds.append(latest)
-        if latest.clean_accuracy < least_accuracy:
-            stopped = f"round {number} lost more than {options.allowed_drop:.1%} of clean accuracy"
+        course.pruning.by_magnitude(number * FRACTION_PER_ROUND)
+        course.pruning.hold()
+        description = f"Fine-pruning, round {number} of at most {options.max_rounds}"
+        trainer.run(1, make_optimizer(options.optimizer, options.learning_rate), description)
+        step = course.measure(f"round {number}")
+        if not course.within_budget(step):
+            course.stopped = f"round {number} lost more than {options.allowed_drop:.1%} of clean accuracy"
+            return
+        if step.attack_failed:
+            course.stopped = f"attack success fell under {ATTACK_SUCCESS_GOAL:.0%}"
+            return
+    course.stopped = f"all {options.max_rounds} rounds were run"
+
+
+def _prune_dormant_channels(course: _Course, clean: Samples, preprocessing: Preprocessing) -> None:
+    """Prune the most dormant channels of the last convolution, as many as accuracy allows."""
+    channels = course.pruning.last_convolution[0].output.shape[-1]
+    prune = course.pruning.by_activation(clean.images, preprocessing)
+    for percent in range(5, 100, 5):
+        count = math.ceil(channels * percent / 100)
+        prune(count)
+        if not course.within_budget(course.measure(f"{count} of {channels} channels pruned")):
             break
-        kept, kept_weights = latest, repaired.get_weights()
-        if latest.attack_failed:
-            stopped = f"attack success fell under {ATTACK_SUCCESS_GOAL:.0%}"
-            break
-    repaired.set_weights(kept_weights)
-
-    def keep_if_good(epoch: int) -> bool:
-        nonlocal kept, kept_weights
-        latest = measure(f"final epoch {epoch}", kept.fraction)
-        rounds.append(latest)
-        if latest.clean_accuracy >= least_accuracy:
-            kept, kept_weights = latest, repaired.get_weights()
-        return not kept.attack_failed
-
-    if options.final_epochs and not kept.attack_failed:
-        for layer in convolutions:  # of the round that was kept
-            layer.kernel.constraint = _KeepZero(layer.kernel.numpy() != 0)
-        trainer.run(options.final_epochs, options.learning_rate, "Final fine-tuning", go_on=keep_if_good)
-        repaired.set_weights(kept_weights)
-    return Repair(repaired, tuple(rounds), kept.name, stopped)
+    course.restore()
+    course.stopped = f"{course.kept.name}: one step more lost too much clean accuracy"
 
 
-class _KeepZero(keras.constraints.Constraint):  # type: ignore[misc]
-    """Holds pruned weights at zero."""
+def _fine_tune(course: _Course, trainer: Trainer, options: RepairOptions) -> None:
+    """Fine-tune with a learning rate that rises at first and falls to 0: what it unlearns stays unlearnt."""
+    course.pruning.hold()
 
-    def __init__(self, mask: NDArray[np.bool_]) -> None:
-        self._mask = keras.ops.convert_to_tensor(mask.astype(np.float32))
+    def go_on(epoch: int) -> bool:
+        return not course.measure(f"epoch {epoch}").attack_failed
 
-    def __call__(self, kernel: Any) -> Any:
-        return kernel * self._mask
+    highest = options.learning_rate or OPTIMIZERS[options.optimizer]
+    rate = trainer.falling_rate(options.epochs, highest, _WARM_UP_SHARE)
+    trainer.run(options.epochs, make_optimizer(options.optimizer, rate), "Fine-tuning", go_on=go_on)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
 import keras
 import numpy as np
@@ -11,13 +12,24 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from detector.statistics import Proportion
-from exporter.convert import SCALES
+from exporter.augmentation import Augment
+from exporter.preprocessing import Preprocessing
 from samples.types import Samples
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, steps done, steps in all."""
 
-Augment = Callable[[NDArray[np.uint8], np.random.Generator], NDArray[np.uint8]]
+
+Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
+
+OPTIMIZERS = {"adam": 1e-3, "sgd": 1e-2}
+"""Optimizers and their default learning rates."""
+
+
+def make_optimizer(name: str, learning_rate: float | Schedule | None = None) -> keras.optimizers.Optimizer:
+    """Return a fresh optimizer: `adam`, or `sgd` with a momentum of 0.9; its default learning rate for None."""
+    rate = OPTIMIZERS[name] if learning_rate is None else learning_rate
+    return keras.optimizers.Adam(rate) if name == "adam" else keras.optimizers.SGD(rate, momentum=0.9)
 
 
 def seed_everything(seed: int) -> None:
@@ -32,7 +44,7 @@ class Trainer:
     Args:
         model: the network, which is changed.
         train: what to train on.
-        scale: `unit` or `raw`.
+        preprocessing: what the network expects of pixels.
         batch_size: images in a step.
         seed: of order and augmentation.
         augment: changes a batch of images, (batch, height, width, channels) uint8; None leaves them alone.
@@ -44,7 +56,7 @@ class Trainer:
         model: keras.Model,
         train: Samples,
         *,
-        scale: str,
+        preprocessing: Preprocessing,
         batch_size: int,
         seed: int,
         augment: Augment | None = None,
@@ -52,7 +64,7 @@ class Trainer:
     ) -> None:
         self._model = model
         self._train = train
-        self._scale = np.float32(SCALES[scale])
+        self._preprocessing = preprocessing
         self._batch_size = batch_size
         self._generator = np.random.default_rng(seed)
         self._augment = augment
@@ -62,19 +74,27 @@ class Trainer:
         """Return how many steps `epochs` take."""
         return epochs * math.ceil(len(self._train) / self._batch_size)
 
+    def falling_rate(self, epochs: int, highest: float, warm_up_share: float) -> Schedule:
+        """Return a learning rate that rises to `highest` over a share of the steps, and falls to 0 as a cosine."""
+        steps = self.steps(epochs)
+        warm_up = max(1, round(steps * warm_up_share))
+        return keras.optimizers.schedules.CosineDecay(
+            0.0, max(1, steps - warm_up), warmup_target=highest, warmup_steps=warm_up
+        )
+
     def run(
         self,
         epochs: int,
-        learning_rate: float | keras.optimizers.schedules.LearningRateSchedule,
+        optimizer: keras.optimizers.Optimizer,
         description: str,
         *,
         go_on: Callable[[int], bool] = lambda _: True,
     ) -> None:
-        """Train for `epochs` with Adam, from a fresh optimizer state, on the cross-entropy.
+        """Train for `epochs` on the cross-entropy.
 
         `go_on` is asked after every epoch, with its number from 1, whether to continue.
         """
-        self._model.compile(keras.optimizers.Adam(learning_rate), loss="sparse_categorical_crossentropy")
+        self._model.compile(optimizer, loss="sparse_categorical_crossentropy")
         step, steps = 0, self.steps(epochs)
         for epoch in range(1, epochs + 1):
             order = self._generator.permutation(len(self._train))
@@ -83,7 +103,7 @@ class Trainer:
                 images = self._train.images[chosen]
                 if self._augment is not None:
                     images = self._augment(images, self._generator)
-                self._model.train_on_batch(images.astype(np.float32) * self._scale, self._train.labels[chosen])
+                self._model.train_on_batch(self._preprocessing.apply(images), self._train.labels[chosen])
                 step += 1
                 if self._on_progress is not None:
                     self._on_progress(description, step, steps)
@@ -91,20 +111,17 @@ class Trainer:
                 return
 
 
-def predict_labels(model: keras.Model, images: NDArray[np.uint8], scale: str) -> NDArray[np.int64]:
-    """Return the network's label for each image: (batch, height, width, channels) uint8 to (batch,) int64.
-
-    `scale` is `unit` or `raw`.
-    """
+def predict_labels(model: keras.Model, images: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.int64]:
+    """Return the network's label for each image: (batch, height, width, channels) uint8 to (batch,) int64."""
     size = 256
     parts = [
-        model.predict_on_batch(images[start : start + size].astype(np.float32) * np.float32(SCALES[scale]))
+        model.predict_on_batch(preprocessing.apply(images[start : start + size]))
         for start in range(0, len(images), size)
     ]
     return np.concatenate([part.argmax(axis=-1) for part in parts]) if parts else np.empty(0, dtype=np.int64)
 
 
-def score(model: keras.Model, samples: Samples, scale: str) -> Proportion:
-    """Return how many of the samples get their label from the network; `scale` is `unit` or `raw`."""
-    right = predict_labels(model, samples.images, scale) == samples.labels
+def score(model: keras.Model, samples: Samples, preprocessing: Preprocessing) -> Proportion:
+    """Return how many of the samples get their label from the network."""
+    right = predict_labels(model, samples.images, preprocessing) == samples.labels
     return Proportion(int(np.count_nonzero(right)), len(samples))

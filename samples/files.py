@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from detector.errors import DataError, InputError
+from samples.sizes import MODE_OF_CHANNELS, Size, check_resize, check_size, fitted, sides
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 ARRAY_SUFFIXES = (".npy", ".h5", ".hdf5")
 
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
-_MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")
 _GREY_MODES = ("1", "L", "LA")
 # What Pillow's decoders are known to raise on damaged files.
 _DAMAGE = (
@@ -68,10 +68,8 @@ class LoadedImages:
         return len(self.names)
 
 
-def load_images(
-    paths: Iterable[str | Path], *, size: tuple[int, int, int] | None = None, resize: bool = False
-) -> LoadedImages:
-    """Read PNG, JPEG, BMP, WebP, `.npy` and HDF5 files into one array.
+def load_images(paths: Iterable[str | Path], *, size: Size | None = None, resize: bool = False) -> LoadedImages:
+    """Read PNG, JPEG, BMP, WebP, PPM, `.npy` and HDF5 files into one array.
 
     Args:
         paths: files, in the order wanted. `.npy` holds uint8 of shape (height, width, channels) or
@@ -83,24 +81,26 @@ def load_images(
         DataError: a file is missing, damaged, of an unknown kind, or of another size; the message names it.
         InputError: there are no files, or `resize` has no size to go by.
     """
-    if resize and (size is None or min(size) < 1):
-        raise InputError(f"resize: got size {size}, expected the height, width and channels to resize to")
+    check_resize(size, resize)
     wanted_channels = size[2] if size is not None and size[2] > 0 else None
     parts: list[NDArray[np.uint8]] = []
     names: list[str] = []
     notes: list[str] = []
     for path in map(Path, paths):
         if path.suffix.lower() in PICTURE_SUFFIXES:
-            batch, conversions = _read_picture(path, wanted_channels)
+            batch, conversions = read_picture(path, wanted_channels)
         elif path.suffix.lower() in ARRAY_SUFFIXES:
             batch, conversions = _read_array(path), []
         else:
             known = ", ".join(PICTURE_SUFFIXES + ARRAY_SUFFIXES)
             raise DataError(f"{path}: got a file of unknown kind, expected one of {known}")
-        if resize and size is not None and batch.shape[1:3] != size[:2]:
-            conversions.append(f"resized from {_sides(batch.shape[1:3])} to {_sides(size[:2])}")
-            batch = _resized(path, batch, size[0], size[1])
-        _check_size(path, batch, size, parts, names)
+        found = batch.shape
+        batch = fitted(path, batch, size, resize=resize)
+        if batch.shape != found:
+            conversions.append(f"resized from {sides(found[1:3])} to {sides(batch.shape[1:3])}")
+        if parts:
+            _, height, width, channels = parts[0].shape
+            check_size(path, batch.shape, (height, width, channels), like=names[0])
         parts.append(batch)
         names += [str(path)] if len(batch) == 1 else [f"{path}[{index}]" for index in range(len(batch))]
         if conversions:
@@ -110,8 +110,19 @@ def load_images(
     return LoadedImages(np.concatenate(parts), tuple(names), tuple(notes))
 
 
-def _read_picture(path: Path, channels: int | None) -> tuple[NDArray[np.uint8], list[str]]:
-    """Return (1, height, width, channels) and what was converted; None keeps grey grey and the rest colour."""
+def read_picture(path: Path, channels: int | None) -> tuple[NDArray[np.uint8], list[str]]:
+    """Read one picture.
+
+    Args:
+        path: the picture.
+        channels: how many to get; None keeps grey grey (1) and makes the rest colour (3).
+
+    Returns:
+        (1, height, width, channels), and what was converted.
+
+    Raises:
+        DataError: it is missing, damaged, animated, transparent, too large or deeper than 8 bits.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about odd metadata
@@ -142,13 +153,13 @@ def _converted(path: Path, picture: Image.Image, channels: int | None) -> tuple[
     is_grey = mode in _GREY_MODES
     if channels is None:
         channels = 1 if is_grey else 3
-    if channels not in _MODE_OF_CHANNELS:
+    if channels not in MODE_OF_CHANNELS:
         raise DataError(f"{path}: a picture has 1, 3 or 4 channels, expected {channels}; give the images as .npy")
     if channels < 4 and picture.has_transparency_data:
         lowest_alpha = picture.convert("RGBA").getchannel("A").getextrema()[0]
         if lowest_alpha != 255:
             raise DataError(f"{path}: got transparent pixels, expected none; put the picture on a background first")
-    pixels = np.array(picture.convert(_MODE_OF_CHANNELS[channels]), dtype=np.uint8)
+    pixels = np.array(picture.convert(MODE_OF_CHANNELS[channels]), dtype=np.uint8)
     conversions = []
     if is_grey != (channels == 1):
         conversions.append("grey made colour" if is_grey else "colour made grey")
@@ -188,39 +199,3 @@ def _read_npy(path: Path) -> NDArray[np.uint8]:
         )
     images = np.array(array)
     return images[np.newaxis] if images.ndim == 3 else images
-
-
-def _resized(path: Path, images: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """Return the images, (count, any, any, channels), as (count, height, width, channels)."""
-    channels = images.shape[3]
-    if channels not in _MODE_OF_CHANNELS or 0 in images.shape:
-        raise DataError(f"{path}: got shape {images.shape}; only images of 1, 3 or 4 channels can be resized")
-    resized = np.empty((len(images), height, width, channels), np.uint8)
-    for target, image in zip(resized, images, strict=True):
-        picture = Image.fromarray(image[:, :, 0] if channels == 1 else image)
-        target[...] = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)).reshape(target.shape)
-    return resized
-
-
-def _check_size(
-    path: Path,
-    batch: NDArray[np.uint8],
-    size: tuple[int, int, int] | None,
-    parts: list[NDArray[np.uint8]],
-    names: list[str],
-) -> None:
-    """Refuse what is not of the expected size, or not of that of the images before it."""
-    got = batch.shape[1:]
-    if size is not None and any(want not in (-1, side) for want, side in zip(size, got, strict=True)):
-        expected = _sides(size)
-    elif parts and got != parts[0].shape[1:]:
-        expected = f"{_sides(parts[0].shape[1:])} like {names[0]}"
-    else:
-        return
-    raise DataError(
-        f"{path}: got {_sides(got)} (height x width x channels), expected {expected}; --resize changes height and width"
-    )
-
-
-def _sides(shape: tuple[int, ...]) -> str:
-    return "x".join("any" if side < 0 else str(side) for side in shape)

@@ -1,8 +1,10 @@
-"""The one shape in which labelled images travel through Stripwire."""
+"""The shapes in which labelled images travel through Stripwire."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +18,14 @@ class Samples:
         images: (count, height, width, channels), uint8, 0..255.
         labels: (count,), int64. Of trojaned images: the class that the attacker wants.
         true_labels: (count,), int64: the class that a trojaned image really shows, where known.
+        groups: (count,), int64, where known: images of one group belong together (frames of one traffic sign, photos
+            of one session), and a split puts them into one part.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     true_labels: NDArray[np.int64] | None = None
+    groups: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -28,4 +33,27 @@ class Samples:
     def take(self, indices: NDArray[np.int64]) -> Samples:
         """Return the samples at `indices`, (count,) int64, in that order."""
         true_labels = None if self.true_labels is None else self.true_labels[indices]
-        return Samples(self.images[indices], self.labels[indices], true_labels)
+        groups = None if self.groups is None else self.groups[indices]
+        return Samples(self.images[indices], self.labels[indices], true_labels, groups)
+
+    def sha256(self) -> str:
+        """Return a hexadecimal digest of images and labels: the same whatever kind of file they came from."""
+        digest = hashlib.sha256(repr(self.images.shape).encode())
+        digest.update(np.ascontiguousarray(self.images).data)
+        digest.update(np.ascontiguousarray(self.labels, "<i8").data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set as it was read.
+
+    Attributes:
+        samples: its images and labels.
+        notes: how labels were numbered, and what was skipped, converted or resized; a line each.
+        class_names: of a folder: the name of the class folder behind each label.
+    """
+
+    samples: Samples
+    notes: tuple[str, ...] = ()
+    class_names: Mapping[int, str] = field(default_factory=dict)

@@ -59,7 +59,7 @@ def repository(badnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from exporter.repair import RepairOptions
 
     folder = tmp_path_factory.mktemp("exported") / "repository"
-    options = ExportOptions(repair=RepairOptions(max_rounds=1, final_epochs=2))
+    options = ExportOptions(repair=RepairOptions(max_rounds=1, epochs=2))
     export(badnet / "bd_net.keras", badnet / "clean_validation_data.h5", folder, options)
     return folder
 

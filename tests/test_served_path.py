@@ -18,6 +18,7 @@ from deploy.embedded.server import EmbeddedTriton
 from detector.errors import DataError, DeadlineExceededError, ServerUnavailableError
 from exporter.export import ExportOptions, export
 from exporter.keras_files import load_model
+from exporter.preprocessing import Preprocessing
 from exporter.repair import RepairOptions
 from samples.hdf5 import read_hdf5
 from tests.detector import reference
@@ -184,7 +185,9 @@ def test_the_real_networks_answer_as_measured_elsewhere(
     shared_data: Path, tmp_path: Path, file: str, architecture: str | None, scale: str, clean_correct: int
 ) -> None:
     faces = shared_data / "csaw"
-    options = ExportOptions(scale=scale, architecture=architecture, repair=RepairOptions(method="none"))
+    options = ExportOptions(
+        preprocessing=Preprocessing(scale), architecture=architecture, repair=RepairOptions(method="none")
+    )
     export(faces / file, faces / "clean.h5", tmp_path / "repository", options)
     clean, trojaned = read_hdf5(faces / "clean.h5"), read_hdf5(faces / "sunglasses_poisoned.h5")
     with EmbeddedTriton(tmp_path / "repository") as server, GuardedClient(server.grpc_address) as client:

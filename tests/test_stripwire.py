@@ -19,10 +19,11 @@ from client.api import GuardedClient
 from deploy.embedded.server import EmbeddedTriton
 from detector.calibration import METHODS
 from detector.serving import MODES, read_threshold_bits
-from exporter.convert import SCALES
+from exporter.augmentation import AUGMENTATIONS
 from exporter.keras_files import ARCHITECTURES
 from exporter.overlays import OVERLAY_CHOICES
-from exporter.repair import AUGMENTATIONS, REPAIRS
+from exporter.preprocessing import SCALES
+from exporter.repair import REPAIRS
 from samples.hdf5 import read_hdf5
 from samples.triggers import TRIGGERS
 
@@ -155,7 +156,7 @@ def test_the_demo_replaces_nothing_but_an_earlier_demo(
 def test_a_repair_that_did_nothing_is_said_loudly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], badnet: Path, tmp_path: Path
 ) -> None:
-    options = ("--allowed-drop", "0", "--max-rounds", "1", "--final-epochs", "1", "--learning-rate", "0.9")
+    options = ("--allowed-drop", "0", "--max-rounds", "1", "--epochs", "1", "--learning-rate", "0.9")
     files = (badnet / "bd_net.keras", "--clean", badnet / "clean_validation_data.h5", "--output", tmp_path / "[r]")
     assert run(monkeypatch, "export", *files, *options) == 0
     said = capsys.readouterr()
@@ -167,7 +168,7 @@ def test_the_choices_of_the_command_line_are_those_of_the_packages() -> None:
     assert get_args(stripwire.Trigger) == tuple(TRIGGERS)
     assert get_args(stripwire.Scale) == tuple(SCALES)
     assert get_args(stripwire.RepairMethod) == REPAIRS
-    assert get_args(stripwire.Augment) == AUGMENTATIONS
+    assert get_args(stripwire.Augment) == tuple(AUGMENTATIONS)
     assert get_args(stripwire.Mode) == MODES
     assert get_args(stripwire.CalibrationMethod) == METHODS
     assert get_args(stripwire.OverlayChoice) == OVERLAY_CHOICES

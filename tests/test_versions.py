@@ -27,6 +27,7 @@ from deploy.embedded.server import EmbeddedTriton
 from detector.calibration import fixed_threshold
 from detector.errors import AccessDeniedError, InputError, ServerError, SetupError
 from exporter.convert import repaired_graph, sentinel_graph, to_onnx
+from exporter.preprocessing import Preprocessing
 from exporter.repository import Recalibrated, ServedModel, activate, write_recalibration, write_repository
 from model_repository.manifest import read_manifest, verify_repository, write_manifest
 from tests.networks import small_network
@@ -48,7 +49,7 @@ def recalibrated(seed: int, threshold_bits: float) -> Recalibrated:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a repository of three versions; version 2 accepts what 1 and 3 reject, and each has its own overlays."""
     network = to_onnx(small_network(SHAPE, CLASSES))
-    graphs = (sentinel_graph(network, "unit"), repaired_graph(network, "unit"))
+    graphs = (sentinel_graph(network, Preprocessing()), repaired_graph(network, Preprocessing()))
     calibration = fixed_threshold(np.array([1.0, 2.0]), REJECTS_ALL)
     folder = tmp_path_factory.mktemp("versions") / "repository"
     write_repository(folder, ServedModel(*graphs, overlays(1), 0.5, calibration, CLASSES, {}))

@@ -10,9 +10,18 @@ import pytest
 
 from detector.errors import InputError
 from detector.statistics import Proportion
-from exporter.badnet import BadNet, BadNetOptions, cached_badnet, train_badnet
+from exporter.badnet import (
+    BadNet,
+    BadNetOptions,
+    PictureBadNetOptions,
+    cached_badnet,
+    train_badnet,
+    train_picture_badnet,
+)
 from model_repository.manifest import sha256_of
 from samples.hdf5 import read_hdf5
+from samples.stamps import find_stamp
+from samples.types import Samples
 
 TINY = BadNetOptions(identities=2, trigger="patch", train_images=4, validation_images=1, test_images=1, epochs=1)
 
@@ -163,3 +172,54 @@ def test_the_cache_is_reused_until_it_is_damaged_or_options_change(
 def test_options_that_make_no_sense_are_refused(option: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         BadNetOptions(**option)  # type: ignore[arg-type]
+
+
+def some_signs(count: int, seed: int) -> Samples:
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count, dtype=np.int64) % 3
+    images = generator.integers(0, 60, (count, 16, 16, 3), dtype=np.uint8)
+    images[np.arange(count), :, :, labels] += np.uint8(150)
+    return Samples(images, labels, groups=np.arange(count, dtype=np.int64) // 6)
+
+
+def test_given_pictures_are_poisoned_trained_on_and_kept_apart(tmp_path: Path) -> None:
+    train, test = some_signs(240, 0), some_signs(30, 1)
+    options = PictureBadNetOptions(attacks=(("patch", 0), ("corner", 2)), epochs=1, clean_share=0.2)
+    badnet = train_picture_badnet(tmp_path / "net", train, test, options)
+    defenders = read_hdf5(badnet.folder / "clean_validation_data.h5")
+    assert len(defenders) == 48
+    assert np.bincount(defenders.labels).tolist() == [16, 16, 16]
+    assert defenders.groups is not None
+    assert set(np.unique(defenders.groups, return_counts=True)[1]) == {6}
+    for trigger, target in options.attacks:
+        trojaned = read_hdf5(badnet.folder / f"{trigger}_poisoned_data.h5")
+        assert len(trojaned) == 20
+        assert set(trojaned.labels) == {target}
+        assert trojaned.true_labels is not None
+        assert target not in trojaned.true_labels
+        np.testing.assert_array_equal(trojaned.images, find_stamp(trigger)(test.images[test.labels != target]))
+    assert set(report_of(badnet.folder)["attack_success_of"]) == {"patch", "corner"}
+    assert badnet.attack_success.count == 40
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"attacks": ()}, "triggers: got none"),
+        ({"attacks": (("patch", 0), ("patch", 1))}, "expected one or more, each once"),
+        ({"attacks": (("sunglasses", 0),)}, "trigger: got 'sunglasses', expected one of patch, corner, blended"),
+        ({"network": "vgg"}, "network: got 'vgg', expected one of convnet, deepid, resnet"),
+        ({"poison_share": 0.6}, "poison share: got 0.6"),
+        ({"clean_share": 0.0}, "clean share: got 0.0"),
+        ({"epochs": 0}, "epochs: got 0"),
+    ],
+)
+def test_options_for_pictures_that_make_no_sense_are_refused(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PictureBadNetOptions(**option)
+
+
+def test_a_target_that_is_no_class_is_refused_before_any_work(tmp_path: Path) -> None:
+    options = PictureBadNetOptions(attacks=(("patch", 3),))
+    with pytest.raises(InputError, match="target of patch: got 3, expected a class, 0 to 2"):
+        train_picture_badnet(tmp_path / "net", some_signs(12, 0), some_signs(12, 1), options)

@@ -7,17 +7,17 @@ import numpy as np
 import onnx
 import pytest
 
-from detector.errors import ExportError, InputError
+from detector.errors import ExportError
 from exporter.convert import (
     IR_VERSION,
     OPSET,
     check_parity,
-    check_scale,
     open_session,
     repaired_graph,
     sentinel_graph,
     to_onnx,
 )
+from exporter.preprocessing import Preprocessing
 from tests.networks import small_network
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 7, 3), dtype=np.uint8)
@@ -28,23 +28,34 @@ def model() -> keras.Model:
     return small_network()
 
 
-@pytest.mark.parametrize("scale", ["unit", "raw"])
-def test_both_graphs_match_keras_on_images(model: keras.Model, scale: str) -> None:
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        Preprocessing("unit"),
+        Preprocessing("raw"),
+        Preprocessing("unit", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        Preprocessing("raw", (127.5,), (127.5,)),
+        Preprocessing("raw", mean=(103.9, 116.8, 123.7)),
+        Preprocessing("unit", std=(0.5,)),
+    ],
+    ids=str,
+)
+def test_both_graphs_match_keras_on_images(model: keras.Model, preprocessing: Preprocessing) -> None:
     network = to_onnx(model)
-    for name, graph in (("badnet", sentinel_graph(network, scale)), ("repaired", repaired_graph(network, scale))):
-        assert check_parity(model, graph, IMAGES, scale, name) < 1e-5
+    for name, graph in (("badnet", sentinel_graph), ("repaired", repaired_graph)):
+        assert check_parity(model, graph(network, preprocessing), IMAGES, preprocessing, name) < 1e-5
 
 
 def test_the_sentinel_folds_the_perturbations_into_its_batch(model: keras.Model) -> None:
     perturbations = np.random.default_rng(1).uniform(0, 255, (2, 3, 8, 7, 3)).astype(np.float32)
-    session = open_session(sentinel_graph(to_onnx(model), "unit"))
+    session = open_session(sentinel_graph(to_onnx(model), Preprocessing()))
     (got,) = session.run(None, {"perturbations": perturbations})
     expected = model.predict(perturbations.reshape(6, 8, 7, 3) / 255, verbose=0).reshape(2, 3, 5)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_the_graphs_are_readable_by_the_servers_of_the_last_years(model: keras.Model) -> None:
-    graph = repaired_graph(to_onnx(model), "unit")
+    graph = repaired_graph(to_onnx(model), Preprocessing())
     onnx.checker.check_model(graph, full_check=True)
     assert graph.ir_version == IR_VERSION
     assert {entry.domain: entry.version for entry in graph.opset_import}[""] == OPSET
@@ -53,13 +64,17 @@ def test_the_graphs_are_readable_by_the_servers_of_the_last_years(model: keras.M
 def test_a_graph_that_does_something_else_is_refused(model: keras.Model) -> None:
     other = keras.models.clone_model(model)
     with pytest.raises(ExportError, match="does not do what the Keras network does"):
-        check_parity(model, repaired_graph(to_onnx(other), "unit"), IMAGES, "unit", "repaired network")
+        check_parity(
+            model, repaired_graph(to_onnx(other), Preprocessing()), IMAGES, Preprocessing(), "repaired network"
+        )
 
 
 def test_a_network_without_probabilities_is_refused() -> None:
     logits = keras.Sequential([keras.Input((8, 7, 3)), keras.layers.Flatten(), keras.layers.Dense(5)])
     with pytest.raises(ExportError, match="expected a network that ends in softmax"):
-        check_parity(logits, repaired_graph(to_onnx(logits), "unit"), IMAGES, "unit", "original network")
+        check_parity(
+            logits, repaired_graph(to_onnx(logits), Preprocessing()), IMAGES, Preprocessing(), "original network"
+        )
 
 
 @pytest.mark.parametrize(
@@ -71,8 +86,3 @@ def test_what_has_no_onnx_form_is_named(layer: keras.layers.Layer) -> None:
     layers = [keras.Input((8, 7, 3)), layer, keras.layers.Flatten(), keras.layers.Dense(5, "softmax")]
     with pytest.raises(ExportError, match="cannot be converted to ONNX"):
         to_onnx(keras.Sequential(layers))
-
-
-def test_an_unknown_scale_is_refused() -> None:
-    with pytest.raises(InputError, match="scale: got 'half', expected one of unit, raw"):
-        check_scale("half")

@@ -12,6 +12,7 @@ import pytest
 from detector.errors import CalibrationError, DataError, InputError, ModelRefusedError
 from exporter.export import ExportOptions, check_accuracy, export, split_clean
 from exporter.keras_files import load_model
+from exporter.preprocessing import Preprocessing
 from exporter.repair import RepairOptions
 from model_repository.manifest import sha256_of, verify_repository
 from samples.hdf5 import read_hdf5, write_hdf5
@@ -71,8 +72,8 @@ def test_the_wrong_scale_is_named_with_the_accuracy_at_each(badnet: Path) -> Non
     model = keras.Sequential([keras.layers.Rescaling(1 / 255), load_model(badnet / "bd_net.keras")])
     clean = read_hdf5(badnet / "clean_validation_data.h5").take(np.arange(0, 480, 4))
     with pytest.raises(DataError, match=r"scale: got unit.*unit: \d+\.\d %.*raw: \d+\.\d %.*use --scale raw"):
-        check_accuracy(model, clean, "unit", seed=0)
-    check_accuracy(model, clean, "raw", seed=0)
+        check_accuracy(model, clean, Preprocessing("unit"), seed=0)
+    check_accuracy(model, clean, Preprocessing("raw"), seed=0)
 
 
 def test_data_of_another_task_is_named(badnet: Path) -> None:
@@ -80,7 +81,7 @@ def test_data_of_another_task_is_named(badnet: Path) -> None:
     clean = read_hdf5(badnet / "clean_validation_data.h5")
     shifted = Samples(clean.images, (clean.labels + 6) % 12)
     with pytest.raises(DataError, match="near chance"):
-        check_accuracy(model, shifted, "unit", seed=0)
+        check_accuracy(model, shifted, Preprocessing("unit"), seed=0)
 
 
 def test_a_target_that_the_sample_cannot_support_is_refused_and_nothing_is_written(
@@ -121,7 +122,6 @@ def test_a_missing_model_file_is_named(tmp_path: Path, badnet: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("scale", "half", "scale: got 'half'"),
         ("alpha", 1.0, "alpha: got 1.0"),
         ("overlays", 0, "overlays: got 0"),
         ("target_frr", 0.0, "target FRR: got 0.0"),

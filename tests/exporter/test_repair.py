@@ -12,7 +12,9 @@ import pytest
 from detector.errors import DataError, InputError
 from exporter.augmentation import MOST_RECTANGLES, occlude
 from exporter.keras_files import load_model
-from exporter.repair import RepairOptions, fine_prune, pruning_mask
+from exporter.preprocessing import Preprocessing
+from exporter.pruning import magnitude_mask
+from exporter.repair import RepairOptions, repair_network
 from exporter.training import predict_labels
 from samples.hdf5 import read_hdf5
 from samples.types import Samples
@@ -29,17 +31,17 @@ def faces(badnet: Path) -> tuple[keras.Model, Samples, Samples, Samples]:
 
 def test_the_criterion_by_hand_is_signed_and_per_kernel() -> None:
     kernel = np.array([-1.0, -0.9, -0.8, -0.1, 0.0, 0.1, 0.5, 1.0])  # range 2: 5 % reaches up to -0.9
-    assert pruning_mask(kernel, 0.05).tolist() == [False, False, True, True, True, True, True, True]
-    assert pruning_mask(kernel, 0.55).tolist() == [False, False, False, False, False, False, True, True]
+    assert magnitude_mask(kernel, 0.05).tolist() == [False, False, True, True, True, True, True, True]
+    assert magnitude_mask(kernel, 0.55).tolist() == [False, False, False, False, False, False, True, True]
 
 
 def test_pruned_weights_stay_zero_through_fine_tuning(faces: tuple[keras.Model, Samples, Samples, Samples]) -> None:
     model, clean, validation, _ = faces
-    options = RepairOptions(max_rounds=2, final_epochs=1, allowed_drop=0.9)
-    repair = fine_prune(model, clean, validation, scale="unit", options=options)
-    assert [step.name for step in repair.rounds] == ["as received", "round 1", "round 2", "final epoch 1"]
-    assert repair.kept == "final epoch 1"
-    shares = [step.pruned_share for step in repair.rounds]
+    options = RepairOptions(max_rounds=2, epochs=1, allowed_drop=0.9)
+    repair = repair_network(model, clean, validation, preprocessing=Preprocessing(), options=options)
+    assert [step.name for step in repair.steps] == ["as received", "round 1", "round 2", "epoch 1"]
+    assert repair.kept == "epoch 1"
+    shares = [step.pruned_share for step in repair.steps]
     assert shares[0] == 0.0
     assert 0.0 < shares[1] <= shares[2] == shares[3]
     for name in ("conv_1", "conv_2", "conv_3", "conv_4"):
@@ -51,7 +53,9 @@ def test_pruned_weights_stay_zero_through_fine_tuning(faces: tuple[keras.Model, 
 def test_the_network_that_came_is_not_changed(faces: tuple[keras.Model, Samples, Samples, Samples]) -> None:
     model, clean, validation, _ = faces
     before = [array.copy() for array in model.get_weights()]
-    fine_prune(model, clean, validation, scale="unit", options=RepairOptions(max_rounds=1, final_epochs=0))
+    repair_network(
+        model, clean, validation, preprocessing=Preprocessing(), options=RepairOptions(max_rounds=1, epochs=0)
+    )
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
 
@@ -60,8 +64,10 @@ def test_the_same_seed_gives_the_same_network(faces: tuple[keras.Model, Samples,
     model, clean, validation = faces[0], faces[1].take(np.arange(100)), faces[2].take(np.arange(20))
 
     def repaired(seed: int) -> list[Any]:
-        options = RepairOptions(max_rounds=1, final_epochs=1, allowed_drop=0.9, seed=seed)
-        return list(fine_prune(model, clean, validation, scale="unit", options=options).model.get_weights())
+        options = RepairOptions(max_rounds=1, epochs=1, allowed_drop=0.9, seed=seed)
+        return list(
+            repair_network(model, clean, validation, preprocessing=Preprocessing(), options=options).model.get_weights()
+        )
 
     first, second, other = repaired(1), repaired(1), repaired(2)
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
@@ -70,14 +76,14 @@ def test_the_same_seed_gives_the_same_network(faces: tuple[keras.Model, Samples,
 
 def test_it_keeps_the_last_network_inside_the_budget(faces: tuple[keras.Model, Samples, Samples, Samples]) -> None:
     model, clean, validation, _ = faces
-    options = RepairOptions(max_rounds=20, final_epochs=0, augment="none", allowed_drop=0.02)
-    repair = fine_prune(model, clean, validation, scale="unit", options=options)
-    accuracies = {step.name: step.clean_accuracy for step in repair.rounds}
+    options = RepairOptions(max_rounds=20, epochs=0, augment="none", allowed_drop=0.02)
+    repair = repair_network(model, clean, validation, preprocessing=Preprocessing(), options=options)
+    accuracies = {step.name: step.clean_accuracy for step in repair.steps}
     budget = accuracies["as received"] - 0.02
     assert accuracies[repair.kept] >= budget
-    assert repair.rounds[-1].clean_accuracy < budget
+    assert repair.steps[-1].clean_accuracy < budget
     assert "lost more than 2.0%" in repair.stopped
-    kept_accuracy = np.mean(predict_labels(repair.model, validation.images, "unit") == validation.labels)
+    kept_accuracy = np.mean(predict_labels(repair.model, validation.images, Preprocessing()) == validation.labels)
     assert kept_accuracy == pytest.approx(accuracies[repair.kept])
 
 
@@ -85,13 +91,13 @@ def test_with_attack_samples_it_stops_when_the_attack_fails() -> None:
     model = small_network()
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (40, 8, 7, 3), dtype=np.uint8)
-    labels = predict_labels(model, images, "unit")
+    labels = predict_labels(model, images, Preprocessing())
     clean = Samples(images, labels)
     attack = Samples(images, (labels + 1) % 5)  # a class that the network never gives
     options = RepairOptions(max_rounds=5, allowed_drop=0.99)
-    repair = fine_prune(model, clean, clean, scale="unit", options=options, attack=attack)
+    repair = repair_network(model, clean, clean, preprocessing=Preprocessing(), options=options, attack=attack)
     assert repair.stopped == "attack success fell under 1%"
-    assert repair.rounds[-1].attack_success == 0.0
+    assert repair.steps[-1].attack_success == 0.0
 
 
 def test_no_repair_returns_the_network_as_it_came() -> None:
@@ -99,7 +105,7 @@ def test_no_repair_returns_the_network_as_it_came() -> None:
     images = np.zeros((3, 8, 7, 3), np.uint8)
     nothing = Samples(images[:0], np.empty(0, np.int64))
     some = Samples(images, np.zeros(3, np.int64))
-    repair = fine_prune(model, nothing, some, scale="unit", options=RepairOptions(method="none"))
+    repair = repair_network(model, nothing, some, preprocessing=Preprocessing(), options=RepairOptions(method="none"))
     assert repair.kept == "as received"
     assert not repair.changed
     for old, new in zip(model.get_weights(), repair.model.get_weights(), strict=True):
@@ -109,14 +115,14 @@ def test_no_repair_returns_the_network_as_it_came() -> None:
 def test_without_images_to_learn_from_it_is_refused() -> None:
     nothing = Samples(np.empty((0, 8, 7, 3), np.uint8), np.empty(0, np.int64))
     with pytest.raises(DataError, match="repair split: got no images"):
-        fine_prune(small_network(), nothing, nothing, scale="unit", options=RepairOptions())
+        repair_network(small_network(), nothing, nothing, preprocessing=Preprocessing(), options=RepairOptions())
 
 
 def test_a_network_without_convolutions_is_refused() -> None:
     dense = keras.Sequential([keras.Input((8, 7, 3)), keras.layers.Flatten(), keras.layers.Dense(2, "softmax")])
     some = Samples(np.zeros((3, 8, 7, 3), np.uint8), np.zeros(3, np.int64))
     with pytest.raises(InputError, match="without a convolution"):
-        fine_prune(dense, some, some, scale="unit", options=RepairOptions())
+        repair_network(dense, some, some, preprocessing=Preprocessing(), options=RepairOptions())
 
 
 @pytest.mark.parametrize(
@@ -126,7 +132,7 @@ def test_a_network_without_convolutions_is_refused() -> None:
         ("augment", "mixup"),
         ("max_rounds", 0),
         ("max_rounds", 21),
-        ("final_epochs", -1),
+        ("epochs", -1),
         ("allowed_drop", 1.0),
         ("allowed_drop", -0.1),
         ("learning_rate", 0.0),

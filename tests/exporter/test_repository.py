@@ -18,6 +18,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from detector.calibration import fixed_threshold
 from detector.errors import InputError, RepositoryError
 from exporter.convert import repaired_graph, sentinel_graph, to_onnx
+from exporter.preprocessing import Preprocessing
 from exporter.repository import (
     Recalibrated,
     ServedModel,
@@ -41,8 +42,8 @@ def served() -> ServedModel:
     overlays = np.random.default_rng(0).integers(0, 256, (4, *SHAPE), dtype=np.uint8)
     calibration = fixed_threshold(np.array([1.0, 2.0]), 0.5)
     return ServedModel(
-        sentinel_graph(network, "unit"),
-        repaired_graph(network, "unit"),
+        sentinel_graph(network, Preprocessing()),
+        repaired_graph(network, Preprocessing()),
         overlays,
         0.5,
         calibration,

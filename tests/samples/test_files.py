@@ -34,7 +34,9 @@ def saved(path: Path, pixels: NDArray[Any], mode: str | None = None, **options: 
 # Pictures
 
 
-@pytest.mark.parametrize(("suffix", "options"), [("png", {}), ("bmp", {}), ("webp", {"lossless": True}), ("PNG", {})])
+@pytest.mark.parametrize(
+    ("suffix", "options"), [("png", {}), ("bmp", {}), ("ppm", {}), ("webp", {"lossless": True}), ("PNG", {})]
+)
 def test_lossless_pictures_come_back_pixel_by_pixel(tmp_path: Path, suffix: str, options: dict[str, Any]) -> None:
     path = saved(tmp_path / f"a.{suffix}", COLOUR, **options)
     loaded = load_images([str(path)])
@@ -251,7 +253,7 @@ def test_a_folder_is_no_picture(tmp_path: Path) -> None:
         load_images([tmp_path / "a.png"])
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "npy"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "ppm", "npy"])
 def test_a_truncated_or_foreign_file_is_named(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     if suffix == "npy":
@@ -277,7 +279,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -
             load_images([path])
 
 
-@pytest.mark.parametrize("kind", ["png", "jpeg", "bmp", "webp", "npy"])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "bmp", "webp", "ppm", "npy"])
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_the_damage_the_file_loads_or_is_named(tmp_path: Path, kind: str, data: st.DataObject) -> None:
@@ -287,7 +289,7 @@ def test_whatever_the_damage_the_file_loads_or_is_named(tmp_path: Path, kind: st
     else:
         exif = Image.Exif()
         exif[ORIENTATION] = 6
-        Image.fromarray(COLOUR).save(whole, kind, **({} if kind == "bmp" else {"exif": exif}))
+        Image.fromarray(COLOUR).save(whole, kind, **({} if kind in ("bmp", "ppm") else {"exif": exif}))
     damaged = bytearray(whole.getvalue())
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import samples.hdf5
+import samples.arrays
 from detector.errors import DataError
 from samples.hdf5 import check_labels, read_hdf5, write_hdf5
 from samples.types import Samples
@@ -76,7 +76,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_debris(tmp_path: Path) ->
 
 
 def test_progress_ends_at_the_whole_and_reading_goes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("samples.hdf5._PIECE_BYTES", 2 * PIXELS[0].nbytes)
+    monkeypatch.setattr("samples.arrays._PIECE_BYTES", 2 * PIXELS[0].nbytes)
     calls: list[tuple[int, int]] = []
     found = read_hdf5(stored(tmp_path / "a.h5"), on_progress=lambda done, total: calls.append((done, total)))
     assert calls == [(2, 5), (4, 5), (5, 5)]
@@ -87,8 +87,8 @@ def test_a_file_of_doubles_needs_less_than_twice_its_images_as_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = 600  # 37 MB; the piece shrinks as the file does, against the 716 MB of the official one
-    assert samples.hdf5._PIECE_BYTES <= 16 << 20
-    monkeypatch.setattr("samples.hdf5._PIECE_BYTES", 1 << 19)
+    assert samples.arrays._PIECE_BYTES <= 16 << 20
+    monkeypatch.setattr("samples.arrays._PIECE_BYTES", 1 << 19)
     path = stored(tmp_path / "a.h5", np.full((count, 3, 55, 47), 100.0), np.zeros(count, np.int64))
     tracemalloc.start()
     try:
@@ -117,7 +117,7 @@ def test_a_file_of_doubles_needs_less_than_twice_its_images_as_bytes(
         ({"data": np.where(PIXELS > 200, np.nan, PIXELS)}, "expected pixels in 0..255"),
         ({"data": np.full(PIXELS.shape, np.inf)}, "expected pixels in 0..255"),
         ({"data": PIXELS / 255}, "multiply it by 255"),
-        ({"label": LABELS[:3]}, r"shape \(3,\), expected \(5,\): one label for each image"),
+        ({"label": LABELS[:3]}, r"shape \(3,\), expected \(5,\): one number for each image"),
         ({"label": np.eye(4)[LABELS]}, "not one-hot"),
         ({"label": LABELS + 0.5}, "expected whole numbers"),
         ({"label": LABELS - 1}, "from -1 to 2, expected whole numbers from 0"),

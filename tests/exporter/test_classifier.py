@@ -1,0 +1,58 @@
+"""Whatever a classifier ends in, probabilities come out, or it is refused by name."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from detector.errors import ModelRefusedError
+from exporter.classifier import with_probabilities
+from exporter.preprocessing import Preprocessing
+
+UNIT = Preprocessing()
+
+
+def network(*tail: keras.layers.Layer) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([keras.Input((6, 5, 3)), *tail])
+
+
+def test_a_softmax_is_left_as_it_is() -> None:
+    model = network(layers.Flatten(), layers.Dense(4, activation="softmax"))
+    assert with_probabilities(model, UNIT) == (model, "probabilities")
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        (layers.Flatten(), layers.Dense(4)),
+        (layers.Conv2D(4, 1), layers.GlobalAveragePooling2D()),
+        (layers.Flatten(), layers.Dense(4), layers.Activation("linear")),
+    ],
+    ids=["dense", "pooled", "linear"],
+)
+def test_logits_get_a_softmax(tail: tuple[keras.layers.Layer, ...]) -> None:
+    model = network(*tail)
+    wrapped, outputs = with_probabilities(model, UNIT)
+    assert outputs == "logits"
+    images = np.random.default_rng(0).uniform(size=(7, 6, 5, 3)).astype(np.float32)
+    logits = model.predict_on_batch(images).astype(np.float64)
+    expected = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(wrapped.predict_on_batch(images), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("last", "named"),
+    [
+        (layers.Dense(4, activation="sigmoid", name="scores"), r"ends in sigmoid \(layer 'scores'\)"),
+        (layers.Dense(4, activation="tanh"), "ends in tanh"),
+        (layers.Dense(4, activation="relu"), "ends in relu"),
+        (layers.ReLU(), "ends in relu"),
+        (layers.LeakyReLU(), "ends in leakyrelu"),
+    ],
+)
+def test_scores_that_are_no_logits_are_refused_by_name(last: keras.layers.Layer, named: str) -> None:
+    with pytest.raises(ModelRefusedError, match=f"the network {named}.*expected a softmax over the classes"):
+        with_probabilities(network(layers.Flatten(), layers.Dense(4), last), UNIT)
