@@ -21,7 +21,7 @@ from deploy.embedded.server import EmbeddedTriton
 from detector.errors import InputError
 from detector.strip import perturb, weighted_overlays
 from exporter.badnet import BadNetOptions, cached_badnet, trojaned_file
-from exporter.export import ExportOptions, export
+from exporter.export import Data, ExportOptions, export
 from exporter.publishing import check_writable, staged_folder
 from exporter.repair import RepairOptions
 from exporter.training import Progress
@@ -75,7 +75,7 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
     clean_test, trojaned_test = badnet / "clean_test_data.h5", badnet / trojaned_file(trigger)
     clean, trojaned = read_hdf5(clean_test), read_hdf5(trojaned_test)
     repairs = {
-        "as_published": RepairOptions(augment="none", epochs=0, seed=seed),
+        "as_published": RepairOptions(method="magnitude", augment="none", epochs=0, seed=seed),
         "repository": RepairOptions(seed=seed),
     }
     evaluations = {}
@@ -85,7 +85,7 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
             repository = staged / name
             exports[name] = export(
                 badnet / "bd_net.keras",
-                badnet / "clean_validation_data.h5",
+                Data(badnet / "clean_validation_data.h5"),
                 repository,
                 ExportOptions(repair=repair, seed=seed),
                 on_progress=on_progress,

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from deploy.embedded.server import EmbeddedTriton
 from exporter.badnet import MODEL_FILE, TEST_FILE, VALIDATION_FILE, BadNetOptions, cached_badnet
-from exporter.export import ExportOptions, export
+from exporter.export import Data, ExportOptions, export
 from exporter.repair import RepairOptions
 from samples.hdf5 import read_hdf5
 
@@ -37,7 +37,7 @@ def main(rounds: Annotated[int, typer.Option(min=3, help="How often each is aske
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "repository"
         options = ExportOptions(repair=RepairOptions(method="none"))
-        export(badnet / MODEL_FILE, badnet / VALIDATION_FILE, repository, options)
+        export(badnet / MODEL_FILE, Data(badnet / VALIDATION_FILE), repository, options)
         with EmbeddedTriton(repository) as server, triton_grpc.InferenceServerClient(server.grpc_address) as client:
             table = Table("batch", "bare (ms)", "guarded (ms)", "guarded / bare", title=_title(rounds))
             for batch in BATCHES:

@@ -1,57 +1,100 @@
-"""Occlusion augmentation: teach a network not to trust a patch.
+"""What happens to pictures while a network is taught on: so that it trusts no patch, and sees more than there is.
 
 Strong augmentation sanitises backdoors (Borgnia et al., "Strong Data Augmentation Sanitizes Poisoning and Backdoor
 Attacks Without an Accuracy Tradeoff", ICASSP 2021); rectangles that hide a part of the picture are the kind that fits
-triggers which are worn or stuck on.
+triggers which are worn or stuck on. All choices come from a generator; nothing given is changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import MappingProxyType
+from typing import Any, TypeAlias
 
+import keras
 import numpy as np
 from numpy.typing import NDArray
 
-Augment = Callable[[NDArray[np.uint8], np.random.Generator], NDArray[np.uint8]]
-"""Changes a batch of images, (batch, height, width, channels) uint8; choices come from the generator."""
+Pictures: TypeAlias = "NDArray[np.uint8] | NDArray[np.float32]"
+"""(batch, height, width, channels), 0..255."""
+
+Augment: TypeAlias = Callable[[Any, np.random.Generator], NDArray[np.float32]]
+"""Changes a batch of pictures; the result has the same shape, is float32 and stays in 0..255."""
 
 MOST_RECTANGLES = 3
 SIDE_SHARE = (0.1, 0.5)
-"""Shortest and longest side of a rectangle, as a share of the image's side."""
+"""Shortest and longest side of a rectangle, as a share of the picture's side."""
+MIXED_SHARE = 0.5
+_TURN_RADIANS = 0.25
+_ZOOM = (0.85, 1.2)
+_SHIFT_SHARE = 0.1
+_CONTRAST = (0.6, 1.5)
+_BRIGHTNESS = 50.0
 
 
-def occlude(images: NDArray[np.uint8], generator: np.random.Generator) -> NDArray[np.uint8]:
-    """Return the images, each under none to three random rectangles.
-
-    A rectangle is a flat colour, noise, or a piece of another image of the batch.
-
-    Args:
-        images: (batch, height, width, channels), uint8, 0..255; not changed.
-        generator: where the choices come from.
-    """
-    batch, height, width, channels = images.shape
-    occluded = images.copy()
-    counts = generator.integers(0, MOST_RECTANGLES + 1, size=batch)
-    for index in range(batch):
-        for _ in range(counts[index]):
-            rows = max(1, round(height * generator.uniform(*SIDE_SHARE)))
-            columns = max(1, round(width * generator.uniform(*SIDE_SHARE)))
-            top = generator.integers(0, height - rows + 1)
-            left = generator.integers(0, width - columns + 1)
+def hide_rectangles(pictures: Pictures, generator: np.random.Generator) -> NDArray[np.float32]:
+    """Return the pictures, each under none to three rectangles of one colour, of noise, or of another picture."""
+    batch, height, width, channels = pictures.shape
+    hidden = pictures.astype(np.float32)
+    for index, count in enumerate(generator.integers(0, MOST_RECTANGLES + 1, size=batch)):
+        for _ in range(count):
+            rows, columns = (max(1, round(side * generator.uniform(*SIDE_SHARE))) for side in (height, width))
+            top, left = _corner(rows, columns, height, width, generator)
             area = np.s_[top : top + rows, left : left + columns]
             kind = generator.integers(3)
             if kind == 0:
-                occluded[index][area] = generator.integers(0, 256, size=channels, dtype=np.uint8)
+                hidden[index][area] = generator.uniform(0, 255, channels)
             elif kind == 1:
-                occluded[index][area] = generator.integers(0, 256, size=(rows, columns, channels), dtype=np.uint8)
+                hidden[index][area] = generator.uniform(0, 255, (rows, columns, channels))
             else:
-                source_top = generator.integers(0, height - rows + 1)
-                source_left = generator.integers(0, width - columns + 1)
-                piece = np.s_[source_top : source_top + rows, source_left : source_left + columns]
-                occluded[index][area] = images[generator.integers(batch)][piece]
-    return occluded
+                other_top, other_left = _corner(rows, columns, height, width, generator)
+                piece = np.s_[other_top : other_top + rows, other_left : other_left + columns]
+                hidden[index][area] = pictures[generator.integers(batch)][piece]
+    return hidden
 
 
-AUGMENTATIONS: MappingProxyType[str, Augment | None] = MappingProxyType({"occlusion": occlude, "none": None})
-"""What can happen to the images of an epoch of fine-tuning."""
+def mix(pictures: Pictures, generator: np.random.Generator) -> NDArray[np.float32]:
+    """Return half of the pictures blended with another one, in any proportion.
+
+    Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
+    """
+    batch = len(pictures)
+    share = generator.uniform(0.0, 1.0, (batch, 1, 1, 1))
+    share = np.where(generator.uniform(size=share.shape) < MIXED_SHARE, share, 1.0).astype(np.float32)
+    return share * pictures + (1.0 - share) * pictures[generator.permutation(batch)]
+
+
+def move_and_recolour(pictures: Pictures, generator: np.random.Generator) -> NDArray[np.float32]:
+    """Return the pictures turned, zoomed and shifted a little, with other brightness and contrast."""
+    batch, height, width, _ = pictures.shape
+    angle = generator.uniform(-_TURN_RADIANS, _TURN_RADIANS, batch)
+    zoom = generator.uniform(*_ZOOM, batch)
+    cosine, sine = np.cos(angle) / zoom, np.sin(angle) / zoom
+    middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
+    right = generator.uniform(-_SHIFT_SHARE, _SHIFT_SHARE, batch) * width
+    down = generator.uniform(-_SHIFT_SHARE, _SHIFT_SHARE, batch) * height
+    # Rows of (a0, a1, a2, b0, b1, b2, 0, 0): where a pixel of the result comes from; around the middle.
+    transforms = np.stack(
+        [
+            *(cosine, -sine, middle_x - cosine * middle_x + sine * middle_y + right),
+            *(sine, cosine, middle_y - sine * middle_x - cosine * middle_y + down),
+            *(np.zeros(batch), np.zeros(batch)),
+        ],
+        axis=1,
+    )
+    moved = keras.ops.image.affine_transform(
+        pictures.astype(np.float32), transforms.astype(np.float32), fill_mode="nearest"
+    )
+    moved = keras.ops.convert_to_numpy(moved)
+    mean = moved.mean(axis=(1, 2, 3), keepdims=True)
+    contrast = generator.uniform(*_CONTRAST, (batch, 1, 1, 1))
+    brightness = generator.uniform(-_BRIGHTNESS, _BRIGHTNESS, (batch, 1, 1, 1))
+    return np.clip((moved - mean) * contrast + mean + brightness, 0, 255).astype(np.float32)
+
+
+def _corner(rows: int, columns: int, height: int, width: int, generator: np.random.Generator) -> tuple[int, int]:
+    return int(generator.integers(0, height - rows + 1)), int(generator.integers(0, width - columns + 1))
+
+
+AUGMENTATIONS: MappingProxyType[str, Augment | None] = MappingProxyType({"occlusion": hide_rectangles, "none": None})
+"""What can happen to the pictures of an epoch of fine-tuning."""

@@ -35,7 +35,7 @@ from exporter.architectures import convnet, deepid, resnet
 from exporter.preprocessing import Preprocessing
 from exporter.publishing import staged_folder
 from exporter.splits import take_share
-from exporter.training import Progress, Trainer, make_optimizer, score, seed_everything
+from exporter.training import Progress, Trainer, labelled, make_optimizer, score, seed_everything
 from model_repository.manifest import sha256_of
 from samples.faces import Identities, draw_faces, finish, make_identities
 from samples.hdf5 import write_hdf5
@@ -269,7 +269,7 @@ def cached_picture_badnet(
     train: Samples, test: Samples, options: PictureBadNetOptions, *, on_progress: Progress | None = None
 ) -> BadNet:
     """Return a BadNet as `train_picture_badnet` writes it, from the cache if it is there; see `cached_badnet`."""
-    content = {**asdict(options), "train": train.digest(), "test": test.digest()}
+    content = {**asdict(options), "train": train.sha256(), "test": test.sha256()}
     return _cached(content, lambda folder: train_picture_badnet(folder, train, test, options, on_progress=on_progress))
 
 
@@ -394,7 +394,7 @@ def _train(
     seed_everything(options.seed)
     model = build(classes, train.images.shape[1:])
     trainer = Trainer(
-        model, train, preprocessing=PREPROCESSING, batch_size=64, seed=options.seed, on_progress=on_progress
+        model, train, batch=labelled(PREPROCESSING), batch_size=64, seed=options.seed, on_progress=on_progress
     )
     rate = trainer.falling_rate(options.epochs, 2e-3, 0.05)
     trainer.run(options.epochs, make_optimizer("adam", rate), "Training the BadNet")

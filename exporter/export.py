@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -17,30 +16,32 @@ import onnxruntime
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from detector.calibration import (
-    Calibration,
-    calibrate,
-    check_target_frr,
-    check_threshold,
-    fixed_threshold,
-    least_images,
-)
-from detector.errors import CalibrationError, DataError, InputError
-from detector.strip import check_alpha, entropy_bits, perturb, weighted_overlays
+from detector.calibration import Calibration, ThresholdRule
+from detector.errors import DataError, InputError, ModelRefusedError
+from detector.statistics import Proportion
+from detector.strip import check_alpha
 from exporter.classifier import with_probabilities
-from exporter.convert import check_parity, open_session, repaired_graph, sentinel_graph, to_onnx
+from exporter.convert import check_parity, repaired_graph, sentinel_graph, to_onnx
+from exporter.entropies import entropy_matrix, measure_entropies, open_graph
 from exporter.keras_files import load_model
+from exporter.overlays import OVERLAY_CHOICES, choose_greedily
 from exporter.preprocessing import SCALES, Preprocessing
 from exporter.repair import Repair, RepairOptions, repair_network
 from exporter.repository import ServedModel, check_output, write_repository
+from exporter.splits import Split, split_clean
 from exporter.training import Progress, score
 from model_repository.manifest import sha256_of
-from samples.hdf5 import check_labels, read_hdf5
+from samples.hdf5 import check_labels
+from samples.readers import read_samples
 from samples.types import Samples
+
+PARTS = ("overlays", "calibration", "validation", "repair")
+"""What clean data is split into."""
 
 _SCALE_IMAGES = 1000
 _PARITY_IMAGES = 256
-_BATCH = 32
+_POOL = 64
+_SELECTION = 256
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,23 @@ class ExportOptions:
     Attributes:
         preprocessing: what the network expects of pixels.
         architecture: of a file that holds weights only, such as `deepid`.
+        resize: change the images' height and width to the network's instead of refusing them.
         repair: how to repair.
         overlays: how many perturbations STRIP makes of an input.
+        overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
         alpha: weight of the input in the blend; the overlay gets 1 - alpha.
-        target_frr: false rejection rate that the threshold aims at, 0..1; not used with `threshold_bits`.
-        threshold_bits: a threshold to use as it is, in bits.
-        seed: of the split and of everything random in the repair.
+        rule: how to choose the threshold.
+        seed: of the split, of the overlays and of everything random in the repair.
     """
 
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     architecture: str | None = None
+    resize: bool = False
     repair: RepairOptions = field(default_factory=RepairOptions)
     overlays: int = 10
+    overlay_choice: str = "random"
     alpha: float = 0.5
-    target_frr: float = 0.05
-    threshold_bits: float | None = None
+    rule: ThresholdRule = field(default_factory=ThresholdRule)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,23 +75,50 @@ class ExportOptions:
         check_alpha(self.alpha)
         if not 1 <= self.overlays <= 1000:
             raise InputError(f"overlays: got {self.overlays}, expected 1 to 1000 (10 is usual)")
-        check_target_frr(self.target_frr)
-        if self.threshold_bits is not None:
-            check_threshold(self.threshold_bits)
+        if self.overlay_choice not in OVERLAY_CHOICES:
+            raise InputError(
+                f"overlay choice: got {self.overlay_choice!r}, expected one of {', '.join(OVERLAY_CHOICES)}"
+            )
 
 
 @dataclass(frozen=True)
-class Split:
-    """Clean data, each image in one part only."""
+class Data:
+    """Where the images are: HDF5, `.npz`, or a folder with one sub-folder a class, see `samples.readers`.
 
-    overlays: Samples
-    calibration: Samples
-    validation: Samples
-    repair: Samples
+    Attributes:
+        clean: clean labelled images, of which the parts are drawn that are not given; None if all are.
+        parts: given parts, by name, see `PARTS`.
+        attack: trojaned images, if any are at hand.
+    """
 
-    def sizes(self) -> dict[str, int]:
-        """Return how many images each part has."""
-        return {name: len(part) for name, part in vars(self).items()}
+    clean: Path | None
+    parts: Mapping[str, Path] = field(default_factory=dict)
+    attack: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a part that does not exist."""
+        for name in self.parts:
+            if name not in PARTS:
+                raise InputError(f"part: got {name!r}, expected one of {', '.join(PARTS)}")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How one network does.
+
+    Attributes:
+        clean_accuracy: on the validation part.
+        attack_success: share of attack samples that get the attacker's class; None without attack samples.
+        recovered_accuracy: share of them that get the class that they really show; None where that is unknown.
+    """
+
+    clean_accuracy: Proportion
+    attack_success: Proportion | None
+    recovered_accuracy: Proportion | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the rates, for the manifest."""
+        return {name: None if rate is None else rate.to_json() for name, rate in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -98,69 +128,68 @@ class Export:
     Attributes:
         output: the model repository.
         version: the number of the version that was written.
-        repair: the rounds of the repair.
+        repair: the steps of the repair.
+        before: how the network does as it came.
+        after: how the repaired network does.
         calibration: the threshold and what it rests on.
         split_sizes: how many clean images went where.
+        network_outputs: what the network returned as it came, `probabilities` or `logits`.
+        notes: what was noticed while reading the data.
         provenance: what the manifest says of this version.
     """
 
     output: Path
     version: str
     repair: Repair
+    before: Scores
+    after: Scores
     calibration: Calibration
     split_sizes: dict[str, int]
+    network_outputs: str
+    notes: tuple[str, ...]
     provenance: dict[str, Any]
 
 
 def export(
-    model_path: Path,
-    clean_path: Path,
-    output: Path,
-    options: ExportOptions,
-    *,
-    attack_path: Path | None = None,
-    on_progress: Progress | None = None,
+    model_path: Path, data: Data, output: Path, options: ExportOptions, *, on_progress: Progress | None = None
 ) -> Export:
     """Repair, convert, calibrate and write a model repository.
 
     Args:
         model_path: the suspicious Keras model; nothing in the file is run.
-        clean_path: clean labelled images, official HDF5 layout.
+        data: where the images are. Attack samples, if there are any, end the repair as soon as the attack fails.
         output: the model repository: a new folder, or one to which a version is added.
         options: how to export.
-        attack_path: trojaned images, if any are at hand; they end the repair as soon as the attack fails.
         on_progress: told what is going on, steps done and steps in all.
 
     Raises:
         StripwireError: the input cannot be used, the sample is too small, or a check failed; nothing was written then.
     """
-    inputs = {"model": model_path, "clean": clean_path} | ({} if attack_path is None else {"attack": attack_path})
     preprocessing = options.preprocessing
     loaded = load_model(model_path, architecture=options.architecture)
     preprocessing.check_channels(loaded.input_shape[-1])
-    model, outputs = with_probabilities(loaded, preprocessing)
-    # What cannot be converted is refused before any data is read.
+    try:
+        model, network_outputs = with_probabilities(loaded, preprocessing)
+    except ModelRefusedError as error:
+        raise ModelRefusedError(f"{model_path}: {error}") from error
+    # All that can fail early does so before the data is read, or at least before the repair, which takes long.
     badnet = sentinel_graph(to_onnx(model), preprocessing)
-    digests = {name: {"file": path.name, "sha256": sha256_of(path)} for name, path in inputs.items() if path.is_file()}
     image_shape, classes = tuple(model.input_shape[1:]), int(model.output_shape[-1])
     check_output(output, image_shape, classes)
-    clean = _read(clean_path, image_shape, classes, on_progress)
-    attack = None if attack_path is None else _read(attack_path, image_shape, classes, on_progress)
-    check_accuracy(model, clean, preprocessing, options.seed)
-    split = split_clean(clean, options)
+    reader = _Reader(image_shape, classes, options.resize, on_progress)
+    clean = None if data.clean is None else reader.read(data.clean)
+    parts = {name: reader.read(path) for name, path in data.parts.items()}
+    attack = None if data.attack is None else reader.read(data.attack)
+    split = _split(clean, parts, options)
+    check_accuracy(model, split.validation if clean is None else clean, preprocessing, options.seed)
     parity_images = np.concatenate([split.overlays.images, split.validation.images])[:_PARITY_IMAGES]
-
-    # All that can fail early does so before the repair, which takes long.
     parity = {"badnet": check_parity(model, badnet, parity_images, preprocessing, "original network")}
-    session = open_session(badnet)
-    entropies = measure_entropies(session, split.calibration.images, split.overlays.images, options.alpha, on_progress)
-    calibration = (
-        calibrate(entropies, options.target_frr)
-        if options.threshold_bits is None
-        else fixed_threshold(entropies, options.threshold_bits)
-    )
+    session = open_graph(badnet.SerializeToString())
+    overlays = _choose_overlays(session, split, options, on_progress)
+    entropies = measure_entropies(session, split.calibration.images, overlays, options.alpha, on_progress)
+    calibration = options.rule.threshold_of(entropies)
 
-    repaired = repair_network(
+    repair = repair_network(
         model,
         split.repair,
         split.validation,
@@ -169,27 +198,37 @@ def export(
         attack=attack,
         on_progress=on_progress,
     )
-    graph = repaired_graph(to_onnx(repaired.model), preprocessing)
-    parity["repaired"] = check_parity(repaired.model, graph, parity_images, preprocessing, "repaired network")
+    repaired = repaired_graph(to_onnx(repair.model), preprocessing)
+    parity["repaired"] = check_parity(repair.model, repaired, parity_images, preprocessing, "repaired network")
 
+    before, after = (_scores(network, split.validation, attack, preprocessing) for network in (model, repair.model))
+    inputs = {"model": model_path, "clean": data.clean, "attack": data.attack, **data.parts}
     provenance = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "inputs": digests,
+        "inputs": {name: _described(path, reader) for name, path in inputs.items() if path is not None},
         "options": asdict(options),
-        "network_outputs": outputs,
-        "split_sizes": split.sizes(),
-        "accuracy": {
-            name: score(net, split.validation, preprocessing).to_json()
-            for name, net in (("original_validation", model), ("repaired_validation", repaired.model))
-        },
-        "repair": repaired.to_json(),
+        "network_outputs": network_outputs,
+        "split": split.to_json(),
+        "scores": {"before": before.to_json(), "after": after.to_json()},
+        "repair": repair.to_json(),
         "calibration": asdict(calibration),
         "parity_max_difference": parity,
         "versions": _versions(),
     }
-    served = ServedModel(badnet, graph, split.overlays.images, options.alpha, calibration, classes, provenance)
+    served = ServedModel(badnet, repaired, overlays, options.alpha, calibration, classes, provenance)
     number = write_repository(output, served)
-    return Export(output, number, repaired, calibration, split.sizes(), provenance)
+    return Export(
+        output=output,
+        version=number,
+        repair=repair,
+        before=before,
+        after=after,
+        calibration=calibration,
+        split_sizes=split.sizes(),
+        network_outputs=network_outputs,
+        notes=tuple(reader.notes),
+        provenance=provenance,
+    )
 
 
 def check_accuracy(model: keras.Model, clean: Samples, preprocessing: Preprocessing, seed: int) -> None:
@@ -219,75 +258,76 @@ def check_accuracy(model: keras.Model, clean: Samples, preprocessing: Preprocess
         )
 
 
-def split_clean(clean: Samples, options: ExportOptions) -> Split:
-    """Split clean samples at random into overlays, calibration, validation and repair, which share no image.
+class _Reader:
+    """Reads data sets of the network's images and classes, and collects what there is to say about them."""
 
-    Identical images count as one: copies of an overlay or of a calibration image would make the sample dependent.
+    def __init__(self, image_shape: tuple[int, ...], classes: int, resize: bool, on_progress: Progress | None) -> None:
+        self._image_shape = image_shape
+        self._classes = classes
+        self._resize = resize
+        self._on_progress = on_progress
+        self.notes: list[str] = []
+        self.digests: dict[Path, str] = {}
 
-    Raises:
-        CalibrationError: too few distinct images for all parts.
-    """
-    digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in clean.images]
-    _, distinct = np.unique(digests, return_index=True)
-    order = np.random.default_rng(options.seed).permutation(np.sort(distinct))
-    shares = (0.2, 0.15) if options.repair.method != "none" else (0.8, 0.2)
-    calibration, validation = (int((len(order) - options.overlays) * share) for share in shares)
-    least_calibration = 2 if options.threshold_bits is not None else least_images(options.target_frr)
-    if calibration < least_calibration or validation < 2:
-        needed = options.overlays + math.ceil(max(least_calibration / shares[0], 2 / shares[1]))
-        raise CalibrationError(
-            f"clean data: got {len(order)} distinct images, expected at least {needed}: {options.overlays} are "
-            f"overlays, and {shares[0]:.0%} of the others calibrate, of which a target FRR of {options.target_frr:g} "
-            f"needs {least_calibration}; give more clean images, or a higher target FRR"
-        )
-    ends = np.cumsum([options.overlays, calibration, validation])
-    overlays, calibrating, validating, repairing = (clean.take(part) for part in np.split(order, ends))
-    return Split(overlays, calibrating, validating, repairing)
+    def read(self, path: Path) -> Samples:
+        def report(done: int, total: int) -> None:
+            if self._on_progress is not None:
+                self._on_progress(f"Reading {path.name}", done, total)
+
+        height, width, channels = self._image_shape
+        dataset = read_samples(path, image_shape=(height, width, channels), resize=self._resize, on_progress=report)
+        check_labels(dataset.samples, self._classes, path)
+        self.notes += [f"{path}: {note}" for note in dataset.notes]
+        self.digests[path] = dataset.samples.sha256()
+        return dataset.samples
 
 
-def measure_entropies(
-    session: onnxruntime.InferenceSession,
-    images: NDArray[np.uint8],
-    overlays: NDArray[np.uint8],
-    alpha: float,
-    on_progress: Progress | None = None,
-) -> NDArray[np.float32]:
-    """Return STRIP's entropy of each image, computed as the server computes it.
-
-    Args:
-        session: on the sentinel's graph.
-        images: (images, height, width, channels), uint8.
-        overlays: (perturbations, height, width, channels), uint8.
-        alpha: weight of the input in the blend.
-        on_progress: told about every batch.
-
-    Returns:
-        (images,), float32, in bits.
-    """
-    weighted = weighted_overlays(overlays, alpha)
-    entropies = []
-    for start in range(0, len(images), _BATCH):
-        perturbations = perturb(images[start : start + _BATCH], weighted, alpha)
-        (probabilities,) = session.run(None, {"perturbations": perturbations})
-        entropies.append(entropy_bits(probabilities))
-        if on_progress is not None:
-            on_progress("Calibrating STRIP", min(start + _BATCH, len(images)), len(images))
-    return np.concatenate(entropies) if entropies else np.empty(0, dtype=np.float32)
+def _described(path: Path, reader: _Reader) -> dict[str, str]:
+    """Return a file's name and hash, and that of the images in it; a folder has no hash of its own."""
+    described = {"file": path.name}
+    if path.is_file():
+        described["sha256"] = sha256_of(path)
+    if path in reader.digests:
+        described["images_sha256"] = reader.digests[path]
+    return described
 
 
-def _read(path: Path, image_shape: tuple[int, ...], classes: int, on_progress: Progress | None) -> Samples:
-    def report(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(f"Reading {path.name}", done, total)
+def _split(clean: Samples | None, parts: Mapping[str, Samples], options: ExportOptions) -> Split:
+    """Split clean data; where overlays are to be chosen, their part is the pool to choose from."""
+    pool = options.overlays
+    if "overlays" in parts:
+        pool = len(parts["overlays"]) if options.overlay_choice == "greedy" else options.overlays
+    elif options.overlay_choice == "greedy":
+        pool = max(options.overlays, min(_POOL, len(clean) // 10 if clean is not None else 0))
+    return split_clean(
+        clean,
+        overlay_count=pool,
+        least_calibration=options.rule.least_images,
+        with_repair=options.repair.method != "none",
+        seed=options.seed,
+        **parts,
+    )
 
-    samples = read_hdf5(path, on_progress=report)
-    if samples.images.shape[1:] != image_shape:
-        raise DataError(
-            f"{path}: got images of height, width, channels {samples.images.shape[1:]}, expected {image_shape} as the "
-            "network takes them"
-        )
-    check_labels(samples, classes, path)
-    return samples
+
+def _choose_overlays(
+    session: onnxruntime.InferenceSession, split: Split, options: ExportOptions, on_progress: Progress | None
+) -> NDArray[np.uint8]:
+    """Return the overlays, (perturbations, height, width, channels); neither choice looks at calibration images."""
+    candidates = split.overlays.images
+    if options.overlay_choice == "random":
+        return candidates
+    selection = (split.repair if len(split.repair) else split.validation).images[:_SELECTION]
+    matrix = entropy_matrix(session, selection, candidates, options.alpha, on_progress)
+    return candidates[choose_greedily(matrix, options.overlays, options.rule.target_frr)]
+
+
+def _scores(network: keras.Model, validation: Samples, attack: Samples | None, preprocessing: Preprocessing) -> Scores:
+    clean_accuracy = score(network, validation, preprocessing)
+    if attack is None:
+        return Scores(clean_accuracy, None, None)
+    shown = None if attack.true_labels is None else Samples(attack.images, attack.true_labels)
+    recovered = None if shown is None else score(network, shown, preprocessing)
+    return Scores(clean_accuracy, score(network, attack, preprocessing), recovered)
 
 
 def _versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,12 +12,13 @@ import numpy as np
 
 from detector.errors import DataError, InputError
 from exporter.augmentation import AUGMENTATIONS
+from exporter.distillation import bounded, distillation_loss, reset_last_layers, taught_by
 from exporter.preprocessing import Preprocessing
 from exporter.pruning import Pruning
-from exporter.training import OPTIMIZERS, Progress, Trainer, make_optimizer, score, seed_everything
+from exporter.training import OPTIMIZERS, Progress, Trainer, labelled, make_optimizer, score, seed_everything
 from samples.types import Samples
 
-REPAIRS = ("magnitude", "activation", "finetune", "none")
+REPAIRS = ("distill", "magnitude", "activation", "finetune", "none")
 ATTACK_SUCCESS_GOAL = 0.01
 FRACTION_PER_ROUND = 0.05
 _ATTACK_IMAGES = 1000
@@ -29,10 +31,11 @@ class RepairOptions:
     """How to repair.
 
     Attributes:
-        method: `magnitude` (fine-pruning by the source report's criterion: rounds of pruning by weight and an epoch of
+        method: `distill` (the last layers anew, taught by the network as it came, see `exporter.distillation`),
+            `magnitude` (fine-pruning by the source report's criterion: rounds of pruning by weight and an epoch of
             fine-tuning), `activation` (fine-pruning by Liu et al., RAID 2018: dormant channels of the last
             convolution), `finetune` (no pruning) or `none`.
-        augment: what happens to the images of every epoch, see `exporter.augmentation`.
+        augment: what happens to the images of every epoch, see `exporter.augmentation`; `distill` has its own.
         max_rounds: at most this many rounds of `magnitude`.
         epochs: of fine-tuning after the pruning; 0 as in the source report.
         allowed_drop: how much accuracy on the clean validation split may fall, 0..1.
@@ -42,7 +45,7 @@ class RepairOptions:
         seed: of everything random.
     """
 
-    method: str = "magnitude"
+    method: str = "distill"
     augment: str = "occlusion"
     max_rounds: int = 10
     epochs: int = 20
@@ -62,8 +65,8 @@ class RepairOptions:
             raise InputError(f"max rounds: got {self.max_rounds}, expected 1 to 20 (5 % of the weights' range a round)")
         if self.epochs < 0:
             raise InputError(f"epochs: got {self.epochs}, expected 0 or more")
-        if self.method == "finetune" and not self.epochs:
-            raise InputError("epochs: got 0 with --repair finetune, expected at least 1; or say --repair none")
+        if self.method in ("distill", "finetune") and not self.epochs:
+            raise InputError(f"epochs: got 0 with --repair {self.method}, expected at least 1; or say --repair none")
         if not 0.0 <= self.allowed_drop < 1.0:
             raise InputError(
                 f"allowed drop: got {self.allowed_drop}, expected a share of accuracy, 0 up to 1 (0.03 is 3 points)"
@@ -161,27 +164,11 @@ def repair_network(
         if len(samples) == 0 and options.method != "none":
             raise DataError(f"{name} split: got no images, expected some; give more clean images")
     seed_everything(options.seed)
-    repaired = keras.models.clone_model(model)
-    repaired.set_weights(model.get_weights())
-    course = _Course(repaired, validation, attack, preprocessing, options)
-    if options.method == "none":
-        return course.result("no repair was asked for")
-    trainer = Trainer(
-        repaired,
-        clean,
-        preprocessing=preprocessing,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        augment=AUGMENTATIONS[options.augment],
-        on_progress=on_progress,
-    )
-    if options.method == "magnitude":
-        _prune_in_rounds(course, trainer, options)
-    elif options.method == "activation":
-        _prune_dormant_channels(course, clean, preprocessing)
-    if options.epochs and not course.kept.attack_failed:
-        course.restore()
-        _fine_tune(course, trainer, options)
+    course = _Course(model, validation, attack, preprocessing, options)
+    if options.method == "distill":
+        _distill(course, clean, preprocessing, options, on_progress)
+    elif options.method != "none":
+        _fine_prune(course, clean, preprocessing, options, on_progress)
     return course.result()
 
 
@@ -190,22 +177,27 @@ class _Course:
 
     def __init__(
         self,
-        model: keras.Model,
+        received: keras.Model,
         validation: Samples,
         attack: Samples | None,
         preprocessing: Preprocessing,
         options: RepairOptions,
     ) -> None:
-        self.model = model
-        self.pruning = Pruning(model)
-        self.stopped = ""
+        self.stopped = "no repair was asked for"
+        self._received = received
         self._validation = validation
         self._attack = None if attack is None else _some(attack, options.seed)
         self._preprocessing = preprocessing
         self._least_accuracy = 0.0
         self._steps: list[Step] = []
+        self.use(_copy(received))
         self.kept = self.measure("as received")
         self._least_accuracy = self.kept.clean_accuracy - options.allowed_drop
+
+    def use(self, model: keras.Model) -> None:
+        """Work on `model` from here on, which does on clean images what the network as it came does."""
+        self.model = model
+        self.pruning = Pruning(model)
 
     def measure(self, name: str) -> Step:
         """Measure the network as it is now; it is kept if it is good enough."""
@@ -231,15 +223,72 @@ class _Course:
         """Return the network to what it was at the step that is kept."""
         self.model.set_weights(self._kept_weights)
 
-    def result(self, stopped: str = "") -> Repair:
+    def result(self) -> Repair:
         """Return the network that is kept."""
-        self.restore()
+        if self.kept is self._steps[0]:
+            self.use(_copy(self._received))
+        else:
+            self.restore()
         self.pruning.release()
-        return Repair(self.model, tuple(self._steps), self.kept.name, stopped or self.stopped)
+        return Repair(self.model, tuple(self._steps), self.kept.name, self.stopped)
+
+
+def _copy(model: keras.Model) -> keras.Model:
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    return copy
 
 
 def _some(attack: Samples, seed: int) -> Samples:
     return attack.take(np.sort(np.random.default_rng(seed).permutation(len(attack))[:_ATTACK_IMAGES]))
+
+
+def _distill(
+    course: _Course, clean: Samples, preprocessing: Preprocessing, options: RepairOptions, on_progress: Progress | None
+) -> None:
+    """Bound the features, begin the last layers anew, and let the network as it came, bounded, teach them."""
+    fresh = keras.models.clone_model(course.model)
+    teacher = bounded(course.model, clean.images, preprocessing)
+    course.use(bounded(course.model, clean.images, preprocessing))
+    course.measure("bounded")
+    reset_last_layers(course.model, fresh)
+    trainer = Trainer(
+        course.model,
+        clean,
+        batch=taught_by(teacher, preprocessing),
+        batch_size=options.batch_size,
+        seed=options.seed,
+        loss=distillation_loss,
+        on_progress=on_progress,
+    )
+    # There is no attack to stop at: the last layers begin without it, and win accuracy up to the last epoch.
+    _train(course, trainer, options, "Distilling", lambda _: True)
+    course.stopped = f"all {options.epochs} epochs were run"
+
+
+def _fine_prune(
+    course: _Course, clean: Samples, preprocessing: Preprocessing, options: RepairOptions, on_progress: Progress | None
+) -> None:
+    """Prune by the method's criterion, if it has one, and fine-tune."""
+    trainer = Trainer(
+        course.model,
+        clean,
+        batch=labelled(preprocessing, AUGMENTATIONS[options.augment]),
+        batch_size=options.batch_size,
+        seed=options.seed,
+        on_progress=on_progress,
+    )
+    if options.method == "magnitude":
+        _prune_in_rounds(course, trainer, options)
+    elif options.method == "activation":
+        _prune_dormant_channels(course, clean, preprocessing)
+    if options.epochs and not course.kept.attack_failed:
+        course.restore()
+        course.pruning.hold()
+        course.stopped = f"all {options.epochs} epochs were run"
+        _train(course, trainer, options, "Fine-tuning", lambda step: not step.attack_failed)
+        if course.kept.attack_failed:
+            course.stopped = f"attack success fell under {ATTACK_SUCCESS_GOAL:.0%}"
 
 
 def _prune_in_rounds(course: _Course, trainer: Trainer, options: RepairOptions) -> None:
@@ -272,13 +321,10 @@ def _prune_dormant_channels(course: _Course, clean: Samples, preprocessing: Prep
     course.stopped = f"{course.kept.name}: one step more lost too much clean accuracy"
 
 
-def _fine_tune(course: _Course, trainer: Trainer, options: RepairOptions) -> None:
-    """Fine-tune with a learning rate that rises at first and falls to 0: what it unlearns stays unlearnt."""
-    course.pruning.hold()
-
-    def go_on(epoch: int) -> bool:
-        return not course.measure(f"epoch {epoch}").attack_failed
-
+def _train(
+    course: _Course, trainer: Trainer, options: RepairOptions, description: str, go_on: Callable[[Step], bool]
+) -> None:
+    """Train with a learning rate that rises at first and falls to 0: what it unlearns stays unlearnt."""
     highest = options.learning_rate or OPTIMIZERS[options.optimizer]
-    rate = trainer.falling_rate(options.epochs, highest, _WARM_UP_SHARE)
-    trainer.run(options.epochs, make_optimizer(options.optimizer, rate), "Fine-tuning", go_on=go_on)
+    optimizer = make_optimizer(options.optimizer, trainer.falling_rate(options.epochs, highest, _WARM_UP_SHARE))
+    trainer.run(options.epochs, optimizer, description, go_on=lambda epoch: go_on(course.measure(f"epoch {epoch}")))

@@ -264,3 +264,17 @@ def _check_drawn(drawn: dict[str, Indices], groups: int, least: dict[str, int]) 
                 f"clean data: of {groups} groups of images, those drawn for {name} have {len(indices)} images, "
                 f"expected at least {least[name]}; give more groups, or data for {name} of its own"
             )
+
+
+def take_share(samples: Samples, share: float, rng: np.random.Generator) -> tuple[Samples, Samples]:
+    """Return a share of the samples and the rest of them, both with their share of each class, groups whole.
+
+    Args:
+        samples: what to divide; copies of an image count once.
+        share: of the groups that go into the first part, 0..1; of the images where there are no groups.
+        rng: decides which.
+    """
+    units = _units(samples, {})
+    taken = round(len(units) * share)
+    parts = _draw(units, samples.labels, 0, {"taken": taken, "rest": len(units) - taken}, rng)
+    return samples.take(parts["taken"]), samples.take(parts["rest"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -38,16 +38,30 @@ def seed_everything(seed: int) -> None:
     tf.config.experimental.enable_op_determinism()
 
 
+Batch: TypeAlias = Callable[[Samples, np.random.Generator], tuple[NDArray[np.float32], NDArray[Any]]]
+"""Makes of some samples what the network sees, and what its loss compares its answers with."""
+
+
+def labelled(preprocessing: Preprocessing, augment: Augment | None = None) -> Batch:
+    """Return what makes preprocessed images, augmented before, and their labels."""
+
+    def make(samples: Samples, generator: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        images = samples.images if augment is None else augment(samples.images, generator)
+        return preprocessing.apply(images), samples.labels
+
+    return make
+
+
 class Trainer:
-    """Trains a network on samples that are shuffled, and augmented, anew in every epoch.
+    """Trains a network on samples that are shuffled, and made into batches, anew in every epoch.
 
     Args:
         model: the network, which is changed.
         train: what to train on.
-        preprocessing: what the network expects of pixels.
+        batch: makes a batch of some of them.
         batch_size: images in a step.
-        seed: of order and augmentation.
-        augment: changes a batch of images, (batch, height, width, channels) uint8; None leaves them alone.
+        seed: of the order, and of what `batch` draws.
+        loss: by its name in Keras, or a function of targets and probabilities.
         on_progress: told about every step.
     """
 
@@ -56,27 +70,23 @@ class Trainer:
         model: keras.Model,
         train: Samples,
         *,
-        preprocessing: Preprocessing,
+        batch: Batch,
         batch_size: int,
         seed: int,
-        augment: Augment | None = None,
+        loss: Any = "sparse_categorical_crossentropy",
         on_progress: Progress | None = None,
     ) -> None:
         self._model = model
         self._train = train
-        self._preprocessing = preprocessing
+        self._batch = batch
         self._batch_size = batch_size
         self._generator = np.random.default_rng(seed)
-        self._augment = augment
+        self._loss = loss
         self._on_progress = on_progress
-
-    def steps(self, epochs: int) -> int:
-        """Return how many steps `epochs` take."""
-        return epochs * math.ceil(len(self._train) / self._batch_size)
 
     def falling_rate(self, epochs: int, highest: float, warm_up_share: float) -> Schedule:
         """Return a learning rate that rises to `highest` over a share of the steps, and falls to 0 as a cosine."""
-        steps = self.steps(epochs)
+        steps = self._steps(epochs)
         warm_up = max(1, round(steps * warm_up_share))
         return keras.optimizers.schedules.CosineDecay(
             0.0, max(1, steps - warm_up), warmup_target=highest, warmup_steps=warm_up
@@ -90,25 +100,22 @@ class Trainer:
         *,
         go_on: Callable[[int], bool] = lambda _: True,
     ) -> None:
-        """Train for `epochs` on the cross-entropy.
-
-        `go_on` is asked after every epoch, with its number from 1, whether to continue.
-        """
-        self._model.compile(optimizer, loss="sparse_categorical_crossentropy")
-        step, steps = 0, self.steps(epochs)
+        """Train for `epochs`. `go_on` is asked after every epoch, with its number from 1, whether to continue."""
+        self._model.compile(optimizer, loss=self._loss)
+        step, steps = 0, self._steps(epochs)
         for epoch in range(1, epochs + 1):
             order = self._generator.permutation(len(self._train))
             for start in range(0, len(order), self._batch_size):
-                chosen = order[start : start + self._batch_size]
-                images = self._train.images[chosen]
-                if self._augment is not None:
-                    images = self._augment(images, self._generator)
-                self._model.train_on_batch(self._preprocessing.apply(images), self._train.labels[chosen])
+                chosen = self._train.take(order[start : start + self._batch_size])
+                self._model.train_on_batch(*self._batch(chosen, self._generator))
                 step += 1
                 if self._on_progress is not None:
                     self._on_progress(description, step, steps)
             if not go_on(epoch):
                 return
+
+    def _steps(self, epochs: int) -> int:
+        return epochs * math.ceil(len(self._train) / self._batch_size)
 
 
 def predict_labels(model: keras.Model, images: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.int64]:

@@ -13,10 +13,10 @@ from keras import layers
 from client.api import GuardedClient
 from deploy.embedded.server import EmbeddedTriton
 from exporter.architectures import resnet
-from exporter.export import ExportOptions, export
+from exporter.export import Data, ExportOptions, export
 from exporter.preprocessing import Preprocessing
 from exporter.repair import RepairOptions
-from exporter.training import Trainer, make_optimizer, seed_everything
+from exporter.training import Trainer, labelled, make_optimizer, seed_everything
 from samples.hdf5 import write_hdf5
 from samples.types import Samples
 
@@ -73,13 +73,13 @@ def test_a_classifier_is_exported_and_served(
     data = coloured_squares(model.input_shape[1:])
     # Trained as a classifier of probabilities, saved as it is.
     training = model if outputs == "probabilities" else keras.Model(model.inputs, layers.Softmax()(model.outputs[0]))
-    Trainer(training, data, preprocessing=preprocessing, batch_size=32, seed=0).run(
+    Trainer(training, data, batch=labelled(preprocessing), batch_size=32, seed=0).run(
         3, make_optimizer("adam", 3e-3), "Training"
     )
     model.save(tmp_path / "net.keras")
     write_hdf5(tmp_path / "clean.h5", data)
     options = ExportOptions(preprocessing=preprocessing, repair=RepairOptions(max_rounds=1, epochs=1, allowed_drop=0.9))
-    result = export(tmp_path / "net.keras", tmp_path / "clean.h5", tmp_path / "repository", options)
+    result = export(tmp_path / "net.keras", Data(tmp_path / "clean.h5"), tmp_path / "repository", options)
     assert result.provenance["network_outputs"] == outputs
     assert result.repair.changed
     images = data.images[:40]

@@ -16,7 +16,7 @@ from client.api import GuardedClient
 from client.evaluation import evaluate
 from deploy.embedded.server import EmbeddedTriton
 from detector.errors import DataError, DeadlineExceededError, ServerUnavailableError
-from exporter.export import ExportOptions, export
+from exporter.export import Data, ExportOptions, export
 from exporter.keras_files import load_model
 from exporter.preprocessing import Preprocessing
 from exporter.repair import RepairOptions
@@ -188,7 +188,7 @@ def test_the_real_networks_answer_as_measured_elsewhere(
     options = ExportOptions(
         preprocessing=Preprocessing(scale), architecture=architecture, repair=RepairOptions(method="none")
     )
-    export(faces / file, faces / "clean.h5", tmp_path / "repository", options)
+    export(faces / file, Data(faces / "clean.h5"), tmp_path / "repository", options)
     clean, trojaned = read_hdf5(faces / "clean.h5"), read_hdf5(faces / "sunglasses_poisoned.h5")
     with EmbeddedTriton(tmp_path / "repository") as server, GuardedClient(server.grpc_address) as client:
         result = evaluate(client, clean, trojaned)

@@ -17,7 +17,7 @@ SCRIPT = """
 import os, sys
 import exporter
 from exporter import repair, repository
-from exporter.export import ExportOptions, export
+from exporter.export import Data, ExportOptions, export
 from exporter.repair import RepairOptions
 from pathlib import Path
 
@@ -30,8 +30,8 @@ if place == "writing":
     repository.write_manifest = stop
 if place == "repairing":
     repair.make_optimizer = stop
-options = ExportOptions(repair=RepairOptions(max_rounds=1, epochs=0, allowed_drop=0.9))
-export(badnet / "bd_net.keras", badnet / "clean_validation_data.h5", output, options)
+options = ExportOptions(repair=RepairOptions(method="magnitude", max_rounds=1, epochs=0, allowed_drop=0.9))
+export(badnet / "bd_net.keras", Data(badnet / "clean_validation_data.h5"), output, options)
 """
 
 

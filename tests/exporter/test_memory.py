@@ -22,12 +22,12 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 import exporter
-from exporter.export import ExportOptions, export
+from exporter.export import Data, ExportOptions, export
 from exporter.repair import RepairOptions
 
 model, clean, output = map(Path, sys.argv[1:])
-options = ExportOptions(repair=RepairOptions(max_rounds=1, epochs=0, allowed_drop=0.99))
-export(model, clean, output, options)
+options = ExportOptions(repair=RepairOptions(epochs=1, allowed_drop=0.99))
+export(model, Data(clean), output, options)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
