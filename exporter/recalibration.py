@@ -160,16 +160,15 @@ def recalibrate(
     }
     changed = Recalibrated(calibration, None if options.keep_overlays else overlays, alpha, provenance)
     number = write_recalibration(repository, base, changed)
-    return Recalibration(
-        repository, number, base, read_threshold_bits(folders["strip_verdict"]), calibration, provenance
-    )
+    base_threshold_bits = read_threshold_bits(folders["strip_verdict"])
+    return Recalibration(repository, number, base, base_threshold_bits, calibration, dataset.notes, provenance)
 
 
 def distinct(samples: Samples, besides: NDArray[np.uint8] | None = None) -> NDArray[np.int64]:
     """Return the indices of images, ascending, that are no copies, neither of each other nor of `besides`.
 
-    Of a group (frames of one traffic sign, say) there is one: copies of an overlay or of a calibration image, and images
-    like it, would make the sample dependent.
+    Of a group (frames of one traffic sign, say) there is one: copies of an overlay or of a calibration image, and
+    images like it, would make the sample dependent.
 
     Args:
         samples: the images.

@@ -166,7 +166,7 @@ def test_of_a_group_one_image_serves() -> None:
 
 def test_images_of_another_size_are_refused(exported: Path, tmp_path: Path) -> None:
     write_hdf5(tmp_path / "small.h5", Samples(np.zeros((50, 32, 32, 3), np.uint8), np.zeros(50, np.int64)))
-    with pytest.raises(DataError, match=r"32.*55"):
+    with pytest.raises(DataError, match=r"got 32x32x3 .*, expected 55x47x3"):
         recalibrate(exported, tmp_path / "small.h5", RecalibrationOptions())
     assert verify_repository(exported)["active"] == "1"
     options = RecalibrationOptions(ThresholdRule(threshold_bits=0.5), keep_overlays=True, resize=True)
