@@ -323,8 +323,9 @@ def serve(
 def calibrate(
     repository: Exported,
     clean: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="New clean images, HDF5; labels are not used.")
+        Path, typer.Option(exists=True, help="New clean images: HDF5, npz or a folder; labels are not used.")
     ],
+    resize: Annotated[bool, typer.Option("--resize", help="Resize images to what the network takes.")] = False,
     target_frr: Annotated[float, typer.Option(help="Share of clean inputs that may be rejected, 0..1.")] = 0.05,
     threshold_bits: Annotated[
         float | None, typer.Option(help="Entropy threshold to use as it is, instead of --target-frr.")
@@ -365,11 +366,13 @@ def calibrate(
     from exporter.recalibration import RecalibrationOptions, recalibrate
 
     rule = ThresholdRule(calibration_method, target_frr, threshold_bits)
-    options = RecalibrationOptions(rule, overlays, alpha, overlay_choice, keep_overlays, seed)
+    options = RecalibrationOptions(rule, overlays, alpha, overlay_choice, keep_overlays, resize, seed)
     with controlled(url, control_token, timeout, token, tls, tls_ca, tls_key, tls_cert) as control:
         with progress() as report:
             result = recalibrate(repository, clean, options, on_progress=report)
         served = switch(control, repository)
+    for note in result.notes:
+        errors.print(note, markup=False, highlight=False)
     if as_json:
         written = {"repository": str(repository), "version": result.version, "served": served}
         print_json({**written, **result.provenance})

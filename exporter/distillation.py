@@ -78,7 +78,7 @@ def bounded(model: keras.Model, images: NDArray[np.uint8], preprocessing: Prepro
         for operation in model.operations
         if operation.name in last
         for parent in _parents(operation)
-        if parent.name not in last
+        if parent.name not in last and not isinstance(parent, keras.layers.InputLayer)
     ]
     sources = {source.name: source for source in entered}
     layers = {name: Bounds(*_quantiles(model, source, images, preprocessing)) for name, source in sources.items()}
@@ -100,7 +100,7 @@ def reset_last_layers(model: keras.Model, fresh: keras.Model) -> None:
 
 
 def taught_by(teacher: keras.Model, preprocessing: Preprocessing) -> Batch:
-    """Return what makes batches of changed pictures, veiled and partly hidden, and the teacher's answers to them in full.
+    """Return what makes batches of pictures, changed, veiled and partly hidden, and the teacher's answers to the whole.
 
     Args:
         teacher: the network as it came, bounded.

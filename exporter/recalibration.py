@@ -23,6 +23,7 @@ from exporter.overlays import OVERLAY_CHOICES, choose_greedily
 from exporter.publishing import check_writable
 from exporter.repository import Recalibrated, write_recalibration
 from model_repository.manifest import verify_repository
+from samples.types import Samples
 
 _POOL = 64
 _SELECTION = 256
@@ -38,8 +39,8 @@ class RecalibrationOptions:
         overlays: how many overlays to take from the new images; None for as many as there are.
         alpha: weight of the input in the blend; None for what it is.
         overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
-        resize: change the images' height and width to the network's instead of refusing them.
         keep_overlays: keep overlays and alpha, so that the threshold alone is new.
+        resize: change the images' height and width to the network's instead of refusing them.
         seed: of everything random.
     """
 
@@ -47,8 +48,8 @@ class RecalibrationOptions:
     overlays: int | None = None
     alpha: float | None = None
     overlay_choice: str = "random"
-    resize: bool = False
     keep_overlays: bool = False
+    resize: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +76,7 @@ class Recalibration:
         base: the version that was active before, whose networks it shares.
         base_threshold_bits: the threshold of `base`.
         calibration: the new threshold and what it rests on.
+        notes: what was noticed while reading the data.
         provenance: what the manifest says of this version.
     """
 
@@ -83,6 +85,7 @@ class Recalibration:
     base: str
     base_threshold_bits: float
     calibration: Calibration
+    notes: tuple[str, ...]
     provenance: dict[str, Any]
 
 
@@ -108,8 +111,8 @@ def recalibrate(
 
     Args:
         repository: a model repository; its networks stay as they are.
-        clean_path: clean images, see `exporter.inputs`; their labels are not used. To be honest, they are images that
-            neither trained the network nor served for an earlier calibration.
+        clean_path: clean images, see `samples.readers`; their labels are not used. The figures are honest only for
+            images on which the network was not trained. Of a group of images, one serves.
         options: how to calibrate.
         on_progress: told what is going on, steps done and steps in all.
 
@@ -122,7 +125,8 @@ def recalibrate(
     models, contract = manifest["versions"][base]["models"], manifest["versions"][base]["contract"]
     height, width, channels = contract["image_shape"]
     reader = InputReader((height, width, channels), None, resize=options.resize, on_progress=on_progress)
-    images = reader.read(clean_path).images
+    samples = reader.read(clean_path)
+    images = samples.images
     folders = {name: repository / name / str(number) for name, number in models.items()}
     old_overlays, old_alpha = read_overlays(folders["strip_perturb"])
     alpha = old_alpha if options.alpha is None else options.alpha
@@ -130,10 +134,10 @@ def recalibrate(
     session = open_graph(folders["badnet"] / "model.onnx")
 
     if options.keep_overlays:
-        parts = split(distinct(images, besides=old_overlays), 0, options)
+        parts = split(distinct(samples, besides=old_overlays), 0, options)
         overlays = old_overlays
     else:
-        parts = split(distinct(images), count, options)
+        parts = split(distinct(samples), count, options)
         candidates = images[parts.candidates]
         if options.overlay_choice == "greedy":
             matrix = entropy_matrix(session, images[parts.selection], candidates, alpha, on_progress)
@@ -148,30 +152,39 @@ def recalibrate(
         "recalibrates": base,
         "inputs": {"clean": reader.describe(clean_path)},
         "options": asdict(options) | {"overlays": len(overlays), "alpha": alpha},
-        "split_sizes": {name: len(part) for name, part in vars(parts).items()},
+        "split": {
+            name: {"images": len(part), "sha256": samples.take(part).sha256()} for name, part in vars(parts).items()
+        },
         "calibration": asdict(calibration),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("stripwire", "numpy", "onnxruntime")},
     }
     changed = Recalibrated(calibration, None if options.keep_overlays else overlays, alpha, provenance)
     number = write_recalibration(repository, base, changed)
-    return Recalibration(
-        repository, number, base, read_threshold_bits(folders["strip_verdict"]), calibration, provenance
-    )
+    base_threshold_bits = read_threshold_bits(folders["strip_verdict"])
+    return Recalibration(repository, number, base, base_threshold_bits, calibration, tuple(reader.notes), provenance)
 
 
-def distinct(images: NDArray[np.uint8], besides: NDArray[np.uint8] | None = None) -> NDArray[np.int64]:
-    """Return the indices of images, (images, height, width, channels), that differ from all before and from `besides`.
+def distinct(samples: Samples, besides: NDArray[np.uint8] | None = None) -> NDArray[np.int64]:
+    """Return the indices of images, ascending, that are no copies, neither of each other nor of `besides`.
 
-    Copies of an overlay or of a calibration image would make the sample dependent.
+    Of a group (frames of one traffic sign, say) there is one: copies of an overlay or of a calibration image, and
+    images like it, would make the sample dependent.
+
+    Args:
+        samples: the images.
+        besides: other images, (images, height, width, channels), uint8.
     """
+    groups = range(len(samples)) if samples.groups is None else samples.groups.tolist()
     seen = set() if besides is None else {_digest(image) for image in besides}
+    taken = set()
     indices = []
-    for index, image in enumerate(images):
+    for index, (image, group) in enumerate(zip(samples.images, groups, strict=True)):
         digest = _digest(image)
-        if digest not in seen:
-            seen.add(digest)
+        if digest not in seen and group not in taken:
+            taken.add(group)
             indices.append(index)
+        seen.add(digest)
     return np.array(indices, dtype=np.int64)
 
 

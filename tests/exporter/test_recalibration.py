@@ -50,8 +50,11 @@ def test_only_what_calibration_concerns_gets_a_new_version(exported: Path, new_d
     }
     assert {name: manifest["files"][name] for name in first if "/1/" in name}.items() <= first.items()
     assert entry["recalibrates"] == entry["previous"] == "1"
-    assert entry["inputs"]["clean"] == {"file": "new.h5", "sha256": sha256_of(new_data)}
-    assert entry["split_sizes"] == {"candidates": 10, "selection": 0, "calibration": 150}
+    images_sha256 = read_hdf5(new_data).sha256()
+    expected = {"file": "new.h5", "sha256": sha256_of(new_data), "images_sha256": images_sha256}
+    assert entry["inputs"]["clean"] == expected
+    sizes = {name: part["images"] for name, part in entry["split"].items()}
+    assert sizes == {"candidates": 10, "selection": 0, "calibration": 150}
     assert entry["options"]["rule"]["target_frr"] == 0.1
     assert entry["calibration"]["threshold_bits"] == read_threshold_bits(exported / "strip_verdict" / "2")
     assert result.base_threshold_bits == read_threshold_bits(exported / "strip_verdict" / "1")
@@ -60,8 +63,9 @@ def test_only_what_calibration_concerns_gets_a_new_version(exported: Path, new_d
 def test_the_threshold_is_that_of_the_new_images_under_the_new_overlays(exported: Path, new_data: Path) -> None:
     options = RecalibrationOptions(ThresholdRule(target_frr=0.1), overlays=5, alpha=0.6, seed=3)
     result = recalibrate(exported, new_data, options)
-    images = read_hdf5(new_data).images
-    parts = split(distinct(images), 5, options)
+    samples = read_hdf5(new_data)
+    images = samples.images
+    parts = split(distinct(samples), 5, options)
     overlays, alpha = read_overlays(exported / "strip_perturb" / "2")
     np.testing.assert_array_equal(overlays, images[parts.candidates])
     assert alpha == 0.6
@@ -74,9 +78,9 @@ def test_kept_overlays_are_not_written_again_and_calibrate_nothing(
     exported: Path, new_data: Path, tmp_path: Path
 ) -> None:
     old, _ = read_overlays(exported / "strip_perturb" / "1")
-    fresh = read_hdf5(new_data).images
+    fresh = read_hdf5(new_data)
     unseen = len(distinct(fresh, besides=old))
-    both = np.concatenate([fresh, old])
+    both = np.concatenate([fresh.images, old])
     write_hdf5(tmp_path / "both.h5", Samples(both, np.zeros(len(both), np.int64)))
     result = recalibrate(exported, tmp_path / "both.h5", RecalibrationOptions(keep_overlays=True))
     assert verify_repository(exported)["versions"]["2"]["models"]["strip_perturb"] == 1
@@ -89,8 +93,9 @@ def test_a_greedy_choice_beats_the_random_one_on_the_images_it_was_made_on(expor
     greedy = RecalibrationOptions(rule, overlays=4, overlay_choice="greedy", seed=1)
     recalibrate(exported, new_data, greedy)
     chosen, alpha = read_overlays(exported / "strip_perturb" / "2")
-    images = read_hdf5(new_data).images
-    parts = split(distinct(images), 4, greedy)
+    samples = read_hdf5(new_data)
+    images = samples.images
+    parts = split(distinct(samples), 4, greedy)
     pool = {image.tobytes() for image in images[parts.candidates]}
     assert {image.tobytes() for image in chosen} < pool
     assert len({image.tobytes() for image in chosen}) == 4
@@ -147,16 +152,28 @@ def test_too_few_images_are_refused_with_the_number_that_is_needed(
 
 def test_copies_count_once() -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 1), dtype=np.uint8)
-    twice = np.concatenate([images, images])
+    twice = Samples(np.concatenate([images, images]), np.zeros(12, np.int64))
     assert distinct(twice).tolist() == list(range(6))
     assert distinct(twice, besides=images[[0, 3]]).tolist() == [1, 2, 4, 5]
 
 
+def test_of_a_group_one_image_serves() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 1), dtype=np.uint8)
+    samples = Samples(images, np.zeros(6, np.int64), groups=np.array([5, 5, 5, 7, 8, 8]))
+    assert distinct(samples).tolist() == [0, 3, 4]
+    assert distinct(samples, besides=images[[0, 3]]).tolist() == [1, 4]
+
+
 def test_images_of_another_size_are_refused(exported: Path, tmp_path: Path) -> None:
     write_hdf5(tmp_path / "small.h5", Samples(np.zeros((50, 32, 32, 3), np.uint8), np.zeros(50, np.int64)))
-    with pytest.raises(DataError, match=r"height, width, channels \(32, 32, 3\), expected \(55, 47, 3\)"):
+    with pytest.raises(DataError, match=r"got 32x32x3 .*, expected 55x47x3"):
         recalibrate(exported, tmp_path / "small.h5", RecalibrationOptions())
     assert verify_repository(exported)["active"] == "1"
+    options = RecalibrationOptions(ThresholdRule(threshold_bits=0.5), keep_overlays=True, resize=True)
+    write_hdf5(
+        tmp_path / "two.h5", Samples(np.stack([np.full((32, 32, 3), n, np.uint8) for n in (0, 9)]), np.arange(2))
+    )
+    assert recalibrate(exported, tmp_path / "two.h5", options).calibration.images == 2
 
 
 def test_a_repository_that_changed_meanwhile_is_not_overwritten(

@@ -1,4 +1,4 @@
-"""Fine-pruning: the criterion by hand, masks that hold, stopping, and the seed."""
+"""Every repair: criteria by hand, masks that hold, stopping, and the seed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 
 from detector.errors import DataError, InputError
-from exporter.augmentation import MOST_RECTANGLES, occlude
 from exporter.keras_files import load_model
 from exporter.preprocessing import Preprocessing
-from exporter.pruning import magnitude_mask
 from exporter.repair import RepairOptions, repair_network
 from exporter.training import predict_labels
 from samples.hdf5 import read_hdf5
@@ -29,15 +27,9 @@ def faces(badnet: Path) -> tuple[keras.Model, Samples, Samples, Samples]:
     return load_model(badnet / "bd_net.keras"), clean.take(order[:300]), clean.take(order[300:]), trojaned
 
 
-def test_the_criterion_by_hand_is_signed_and_per_kernel() -> None:
-    kernel = np.array([-1.0, -0.9, -0.8, -0.1, 0.0, 0.1, 0.5, 1.0])  # range 2: 5 % reaches up to -0.9
-    assert magnitude_mask(kernel, 0.05).tolist() == [False, False, True, True, True, True, True, True]
-    assert magnitude_mask(kernel, 0.55).tolist() == [False, False, False, False, False, False, True, True]
-
-
 def test_pruned_weights_stay_zero_through_fine_tuning(faces: tuple[keras.Model, Samples, Samples, Samples]) -> None:
     model, clean, validation, _ = faces
-    options = RepairOptions(max_rounds=2, epochs=1, allowed_drop=0.9)
+    options = RepairOptions(method="magnitude", max_rounds=2, epochs=1, allowed_drop=0.9)
     repair = repair_network(model, clean, validation, preprocessing=Preprocessing(), options=options)
     assert [step.name for step in repair.steps] == ["as received", "round 1", "round 2", "epoch 1"]
     assert repair.kept == "epoch 1"
@@ -50,21 +42,34 @@ def test_pruned_weights_stay_zero_through_fine_tuning(faces: tuple[keras.Model, 
         assert not np.array_equal(before, after)
 
 
-def test_the_network_that_came_is_not_changed(faces: tuple[keras.Model, Samples, Samples, Samples]) -> None:
-    model, clean, validation, _ = faces
+METHODS = ("distill", "magnitude", "activation", "finetune")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_network_that_came_is_not_changed(
+    faces: tuple[keras.Model, Samples, Samples, Samples], method: str
+) -> None:
+    model, clean, validation = faces[0], faces[1].take(np.arange(100)), faces[2].take(np.arange(20))
     before = [array.copy() for array in model.get_weights()]
     repair_network(
-        model, clean, validation, preprocessing=Preprocessing(), options=RepairOptions(max_rounds=1, epochs=0)
+        model,
+        clean,
+        validation,
+        preprocessing=Preprocessing(),
+        options=RepairOptions(method=method, max_rounds=1, epochs=1),
     )
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
 
 
-def test_the_same_seed_gives_the_same_network(faces: tuple[keras.Model, Samples, Samples, Samples]) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_network(
+    faces: tuple[keras.Model, Samples, Samples, Samples], method: str
+) -> None:
     model, clean, validation = faces[0], faces[1].take(np.arange(100)), faces[2].take(np.arange(20))
 
     def repaired(seed: int) -> list[Any]:
-        options = RepairOptions(max_rounds=1, epochs=1, allowed_drop=0.9, seed=seed)
+        options = RepairOptions(method=method, max_rounds=1, epochs=1, allowed_drop=0.9, seed=seed)
         return list(
             repair_network(model, clean, validation, preprocessing=Preprocessing(), options=options).model.get_weights()
         )
@@ -74,9 +79,25 @@ def test_the_same_seed_gives_the_same_network(faces: tuple[keras.Model, Samples,
     assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_dormant_channels_are_pruned_while_accuracy_allows_it_and_stay_silent(
+    faces: tuple[keras.Model, Samples, Samples, Samples],
+) -> None:
+    model, clean, validation, _ = faces
+    options = RepairOptions(method="activation", epochs=1, allowed_drop=0.05)
+    repair = repair_network(model, clean, validation, preprocessing=Preprocessing(), options=options)
+    names = [step.name for step in repair.steps]
+    assert names[:3] == ["as received", "4 of 80 channels pruned", "8 of 80 channels pruned"]
+    assert names[-1] == "epoch 1"
+    pruned = [step for step in repair.steps if step.name.endswith("pruned")]
+    assert pruned[-1].clean_accuracy < repair.steps[0].clean_accuracy - 0.05
+    assert all(step.clean_accuracy >= repair.steps[0].clean_accuracy - 0.05 for step in pruned[:-1])
+    kernel = repair.model.get_layer("conv_4").kernel.numpy()
+    assert np.count_nonzero(np.abs(kernel).max(axis=(0, 1, 2)) == 0) == 4 * (len(pruned) - 1)
+
+
 def test_it_keeps_the_last_network_inside_the_budget(faces: tuple[keras.Model, Samples, Samples, Samples]) -> None:
     model, clean, validation, _ = faces
-    options = RepairOptions(max_rounds=20, epochs=0, augment="none", allowed_drop=0.02)
+    options = RepairOptions(method="magnitude", max_rounds=20, epochs=0, augment="none", allowed_drop=0.02)
     repair = repair_network(model, clean, validation, preprocessing=Preprocessing(), options=options)
     accuracies = {step.name: step.clean_accuracy for step in repair.steps}
     budget = accuracies["as received"] - 0.02
@@ -94,7 +115,7 @@ def test_with_attack_samples_it_stops_when_the_attack_fails() -> None:
     labels = predict_labels(model, images, Preprocessing())
     clean = Samples(images, labels)
     attack = Samples(images, (labels + 1) % 5)  # a class that the network never gives
-    options = RepairOptions(max_rounds=5, allowed_drop=0.99)
+    options = RepairOptions(method="magnitude", max_rounds=5, allowed_drop=0.99)
     repair = repair_network(model, clean, clean, preprocessing=Preprocessing(), options=options, attack=attack)
     assert repair.stopped == "attack success fell under 1%"
     assert repair.steps[-1].attack_success == 0.0
@@ -142,19 +163,3 @@ def test_a_network_without_convolutions_is_refused() -> None:
 def test_an_option_that_makes_no_sense_is_named(option: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"got {value!r}, expected"):
         RepairOptions(**{option: value})
-
-
-def test_occlusion_changes_rectangles_and_never_the_originals() -> None:
-    images = np.full((200, 20, 30, 3), 128, np.uint8)
-    occluded = occlude(images, np.random.default_rng(0))
-    assert (images == 128).all()
-    untouched = np.mean([(image == 128).all() for image in occluded])
-    # None of up to three rectangles, or pieces of another image, which look the same here.
-    assert 1 / (MOST_RECTANGLES + 1) <= untouched < 0.7
-    assert occluded.dtype == np.uint8
-
-
-def test_occlusion_depends_on_the_seed_alone() -> None:
-    images = np.random.default_rng(1).integers(0, 256, (10, 20, 30, 3), dtype=np.uint8)
-    first, second = (occlude(images, np.random.default_rng(5)) for _ in range(2))
-    np.testing.assert_array_equal(first, second)
