@@ -42,14 +42,17 @@ console = Console()
 errors = Console(stderr=True)
 
 _CAPTION = "share of images, its 95 % interval, and how many images"
+_PART = "Data for the {} alone, instead of a share of --clean."
 _DEMO_TITLE = f"A BadNet, fine-pruned as published, with occlusion augmentation, and guarded\n{_CAPTION}"
+
+_STEPS_SHOWN = 12
 
 ReportProgress = Callable[[str, int, int], None]
 
 
 Trigger = Literal["sunglasses", "eyebrows", "lipstick", "patch"]
 Scale = Literal["unit", "raw"]
-RepairMethod = Literal["magnitude", "activation", "finetune", "none"]
+RepairMethod = Literal["distill", "magnitude", "activation", "finetune", "none"]
 Optimizer = Literal["adam", "sgd"]
 Augment = Literal["occlusion", "none"]
 Mode = Literal["block", "shadow"]
@@ -165,14 +168,20 @@ def export(
     model: Annotated[
         Path, typer.Argument(exists=True, dir_okay=False, help="Keras .h5 or .keras file. Nothing in it is run.")
     ],
-    clean: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="Clean labelled images, HDF5 with `data` and `label`.")
-    ],
     output: Annotated[Path, typer.Option(help="Model repository; an existing one gets a new version.")],
+    clean: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="Clean labelled images: HDF5, .npz, or a folder with one sub-folder a class."),
+    ] = None,
     attack: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Trojaned images, if at hand: the repair stops once they fail."),
+        typer.Option(exists=True, help="Trojaned images, if at hand: measured, and fine-pruning stops once they fail."),
     ] = None,
+    overlay_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("overlays"))] = None,
+    calibration_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("calibration"))] = None,
+    validation_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("validation"))] = None,
+    repair_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("repair"))] = None,
+    resize: Annotated[bool, typer.Option("--resize", help="Resize images to what the model takes.")] = False,
     scale: Annotated[Scale, typer.Option(help="What the network expects of pixels: unit is pixel / 255.")] = "unit",
     mean: Annotated[
         str, typer.Option(help="Subtracted from the scaled pixels, one number or one a channel: 0.485,0.456,0.406")
@@ -181,10 +190,10 @@ def export(
     architecture: Annotated[
         Architecture | None, typer.Option(help="Network of a file that holds weights alone.")
     ] = None,
-    repair: Annotated[RepairMethod, typer.Option(help="How to repair; see the README.")] = "magnitude",
-    augment: Annotated[Augment, typer.Option(help="What happens to images while fine-tuning.")] = "occlusion",
-    max_rounds: Annotated[int, typer.Option(help="At most so many rounds of pruning and one epoch each.")] = 10,
-    epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning after the pruning; 0 as in the report.")] = 20,
+    repair: Annotated[RepairMethod, typer.Option(help="How to repair; see the README.")] = "distill",
+    augment: Annotated[Augment, typer.Option(help="Of fine-tuning images; distill has its own.")] = "occlusion",
+    max_rounds: Annotated[int, typer.Option(help="Of magnitude: rounds of pruning, at most.")] = 10,
+    epochs: Annotated[int, typer.Option(help="Of distillation, or after pruning; 0 as in the report.")] = 20,
     allowed_drop: Annotated[float, typer.Option(help="Clean validation accuracy that may be lost, 0..1.")] = 0.03,
     optimizer: Annotated[Optimizer, typer.Option(help="Of fine-tuning; sgd has a momentum of 0.9.")] = "adam",
     learning_rate: Annotated[
@@ -192,7 +201,11 @@ def export(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images in a step of fine-tuning.")] = 64,
     overlays: Annotated[int, typer.Option(help="Perturbations that STRIP makes of an input.")] = 10,
+    overlay_choice: Annotated[OverlayChoice, typer.Option(help="Chance, or the best of a pool.")] = "random",
     alpha: Annotated[float, typer.Option(help="Weight of the input in the blend; the overlay gets the rest.")] = 0.5,
+    calibration_method: Annotated[
+        CalibrationMethod | None, typer.Option(help="Order statistic, fitted normal distribution, or as given.")
+    ] = None,
     target_frr: Annotated[float, typer.Option(help="Share of clean inputs that may be rejected, 0..1.")] = 0.05,
     threshold_bits: Annotated[
         float | None, typer.Option(help="Entropy threshold to use as it is, instead of --target-frr.")
@@ -201,7 +214,8 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Repair a suspicious Keras model, calibrate STRIP on it, and write a Triton model repository."""
-    from exporter.export import ExportOptions
+    from detector.calibration import ThresholdRule
+    from exporter.export import Data, ExportOptions
     from exporter.export import export as run_export
     from exporter.preprocessing import Preprocessing
     from exporter.repair import RepairOptions
@@ -209,6 +223,7 @@ def export(
     options = ExportOptions(
         preprocessing=Preprocessing(scale, numbers("mean", mean), numbers("std", std)),
         architecture=architecture,
+        resize=resize,
         repair=RepairOptions(
             method=repair,
             augment=augment,
@@ -221,17 +236,29 @@ def export(
             seed=seed,
         ),
         overlays=overlays,
+        overlay_choice=overlay_choice,
         alpha=alpha,
-        target_frr=target_frr,
-        threshold_bits=threshold_bits,
+        rule=ThresholdRule(calibration_method, target_frr, threshold_bits),
         seed=seed,
     )
+    given = {
+        "overlays": overlay_images,
+        "calibration": calibration_images,
+        "validation": validation_images,
+        "repair": repair_images,
+    }
+    data = Data(clean, {name: path for name, path in given.items() if path is not None}, attack)
     with progress() as report:
-        result = run_export(model, clean, output, options, attack_path=attack, on_progress=report)
+        result = run_export(model, data, output, options, on_progress=report)
     if as_json:
         print_json({"output": str(output), "version": result.version, **result.provenance})
         return
+    for note in result.notes:
+        errors.print(note, markup=False, highlight=False)
+    if result.network_outputs == "logits":
+        say("The network returns logits: a softmax was put behind it.")
     console.print(repair_table(result))
+    console.print(scores_table(result))
     calibration = result.calibration
     console.print(
         f"Threshold {calibration.threshold_bits:.4f} bits from {calibration.images} clean images: further clean inputs "
@@ -339,7 +366,15 @@ def calibrate(
     from exporter.recalibration import RecalibrationOptions, recalibrate
 
     rule = ThresholdRule(calibration_method, target_frr, threshold_bits)
-    options = RecalibrationOptions(rule, overlays, alpha, overlay_choice, keep_overlays, resize, seed)
+    options = RecalibrationOptions(
+        rule=rule,
+        overlays=overlays,
+        alpha=alpha,
+        overlay_choice=overlay_choice,
+        resize=resize,
+        keep_overlays=keep_overlays,
+        seed=seed,
+    )
     with controlled(url, control_token, timeout, token, tls, tls_ca, tls_key, tls_cert) as control:
         with progress() as report:
             result = recalibrate(repository, clean, options, on_progress=report)
@@ -498,7 +533,7 @@ def evaluate(
 
 
 def repair_table(result: Export) -> Table:
-    """Return the table of an export's repair."""
+    """Return the table of an export's repair: its first and last steps, and the one that is kept."""
     repair = result.repair
     table = Table(title=f"Repair ({repair.stopped})")
     table.add_column("")
@@ -507,12 +542,31 @@ def repair_table(result: Export) -> Table:
     with_attack = repair.steps[0].attack_success is not None
     if with_attack:
         table.add_column("attack success", justify="right")
-    for row in repair.steps:
-        kept = row.name == repair.kept
-        cells = [f"{row.name}, kept" if kept else row.name, f"{row.pruned_share:.1%}", f"{row.clean_accuracy:.2%}"]
-        if row.attack_success is not None:
-            cells.append(f"{row.attack_success:.2%}")
-        table.add_row(*cells, style="bold" if kept else None)
+    kept = next(index for index, step in enumerate(repair.steps) if step.name == repair.kept)
+    shown = sorted({*range(min(_STEPS_SHOWN, len(repair.steps))), kept, len(repair.steps) - 1})
+    for before, index in zip([-1, *shown], shown, strict=False):
+        if index > before + 1:
+            table.add_row("…")
+        step = repair.steps[index]
+        cells = [f"{step.name}, kept" if index == kept else step.name]
+        cells += [f"{step.pruned_share:.1%}", f"{step.clean_accuracy:.2%}"]
+        if step.attack_success is not None:
+            cells.append(f"{step.attack_success:.2%}")
+        table.add_row(*cells, style="bold" if index == kept else None)
+    return table
+
+
+def scores_table(result: Export) -> Table:
+    """Return the table of what the repair did to the network."""
+    table = Table(title=f"What the repair did\n{_CAPTION}")
+    table.add_column("", no_wrap=True)
+    for heading in ("clean accuracy", "attack success", "recovered accuracy"):
+        table.add_column(heading, justify="right")
+    for name, scores in (("as it came", result.before), ("repaired", result.after)):
+        rates = (scores.clean_accuracy, scores.attack_success, scores.recovered_accuracy)
+        table.add_row(name, *(figure(rate) for rate in rates))
+    if result.before.attack_success is None:
+        table.caption = "attack success is not known without --attack"
     return table
 
 

@@ -227,14 +227,13 @@ def _strip(material: Material, images: int, report: Report) -> list[dict[str, An
                 means = [matrix[:, :count].mean(axis=1) for matrix in (calibration, clean, trojaned)]
                 area = auroc(means[1], means[2])
                 row = {"alpha": alpha, "overlays": count, "trigger": trigger, "auroc": area}
-                rows.append(row | {f"at_{target:g}": _errors(*means, target) for target in TARGETS})
+                rows.append(row | {f"at_{target:g}": _errors(means, target) for target in TARGETS})
     return rows
 
 
-def _errors(
-    calibration: NDArray[np.float32], clean: NDArray[np.float32], trojaned: NDArray[np.float32], target: float
-) -> dict[str, Any] | None:
+def _errors(entropies: list[NDArray[np.float32]], target: float) -> dict[str, Any] | None:
     """Return FAR and FRR of the threshold for a target FRR; None where the calibration images are too few for it."""
+    calibration, clean, trojaned = entropies
     if len(calibration) < least_images(target):
         return None
     threshold = calibrate(calibration, target).threshold_bits

@@ -22,9 +22,12 @@ Augment: TypeAlias = Callable[[Any, np.random.Generator], NDArray[np.float32]]
 """Changes a batch of pictures; the result has the same shape, is float32 and stays in 0..255."""
 
 MOST_RECTANGLES = 3
-SIDE_SHARE = (0.1, 0.5)
+SIDE_SHARE = (0.06, 0.4)
 """Shortest and longest side of a rectangle, as a share of the picture's side."""
-MIXED_SHARE = 0.5
+VEILED_SHARE = 0.7
+MOST_OPACITY = 0.3
+_GRAINS = (1, 2, 4, 8)
+"""Pixels on a side of a grain of noise."""
 _TURN_RADIANS = 0.25
 _ZOOM = (0.85, 1.2)
 _SHIFT_SHARE = 0.1
@@ -53,15 +56,17 @@ def hide_rectangles(pictures: Pictures, generator: np.random.Generator) -> NDArr
     return hidden
 
 
-def mix(pictures: Pictures, generator: np.random.Generator) -> NDArray[np.float32]:
-    """Return half of the pictures blended with another one, in any proportion.
-
-    Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
-    """
-    batch = len(pictures)
-    share = generator.uniform(0.0, 1.0, (batch, 1, 1, 1))
-    share = np.where(generator.uniform(size=share.shape) < MIXED_SHARE, share, 1.0).astype(np.float32)
-    return share * pictures + (1.0 - share) * pictures[generator.permutation(batch)]
+def veil(pictures: Pictures, generator: np.random.Generator) -> NDArray[np.float32]:
+    """Return the pictures under a faint veil of fine or coarse noise or of another picture, or under none."""
+    batch, height, width, channels = pictures.shape
+    size = int(generator.choice(_GRAINS))
+    grains = generator.uniform(0, 255, (batch, -(-height // size), -(-width // size), channels)).astype(np.float32)
+    noise = grains.repeat(size, axis=1).repeat(size, axis=2)[:, :height, :width]
+    others = pictures[generator.permutation(batch)]
+    veils = np.where(generator.uniform(size=(batch, 1, 1, 1)) < 0.5, noise, others)
+    opacity = generator.uniform(0, MOST_OPACITY, (batch, 1, 1, 1))
+    opacity = np.where(generator.uniform(size=opacity.shape) < VEILED_SHARE, opacity, 0.0).astype(np.float32)
+    return np.asarray((1.0 - opacity) * pictures + opacity * veils, np.float32)
 
 
 def move_and_recolour(pictures: Pictures, generator: np.random.Generator) -> NDArray[np.float32]:
@@ -89,7 +94,7 @@ def move_and_recolour(pictures: Pictures, generator: np.random.Generator) -> NDA
     mean = moved.mean(axis=(1, 2, 3), keepdims=True)
     contrast = generator.uniform(*_CONTRAST, (batch, 1, 1, 1))
     brightness = generator.uniform(-_BRIGHTNESS, _BRIGHTNESS, (batch, 1, 1, 1))
-    return np.clip((moved - mean) * contrast + mean + brightness, 0, 255).astype(np.float32)
+    return np.asarray(np.clip((moved - mean) * contrast + mean + brightness, 0, 255), np.float32)
 
 
 def _corner(rows: int, columns: int, height: int, width: int, generator: np.random.Generator) -> tuple[int, int]:

@@ -7,9 +7,9 @@
    of a trigger is gone (Min et al., "Towards Stable Backdoor Purification through Feature Shift Tuning", NeurIPS 2023).
 3. *Distillation.* A few clean pictures cannot teach them again what many have taught. The network as it came can: the
    copy learns its answers (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015) on clean pictures that
-   are moved, recoloured and mixed without end (Beyer et al., "Knowledge Distillation: A Good Teacher Is Patient and
-   Consistent", CVPR 2022). No clean picture shows the trigger, so no answer tells of it. The copy sees parts of the
-   pictures hidden, and learns to trust no single one.
+   are moved and recoloured without end (Beyer et al., "Knowledge Distillation: A Good Teacher Is Patient and
+   Consistent", CVPR 2022). No clean picture shows the trigger, so no answer tells of it. The copy sees the pictures
+   veiled and parts of them hidden, and learns that neither means anything.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.augmentation import hide_rectangles, mix, move_and_recolour
+from exporter.augmentation import hide_rectangles, move_and_recolour, veil
 from exporter.preprocessing import Preprocessing
 from exporter.training import Batch
 from samples.types import Samples
 
 LAYERS_ANEW = 2
+MOST_IMAGES = 1000
+"""Bounds are measured on at most so many pictures, so that their features fit into memory."""
 QUANTILE = 0.97
 """Of a feature on clean pictures: its upper bound; the lower bound lies as far from the other end."""
 TEMPERATURE = 2.0
@@ -98,7 +100,7 @@ def reset_last_layers(model: keras.Model, fresh: keras.Model) -> None:
 
 
 def taught_by(teacher: keras.Model, preprocessing: Preprocessing) -> Batch:
-    """Return what makes batches of changed pictures, parts of them hidden, and the teacher's answers to them in full.
+    """Return what makes batches of changed pictures, veiled and partly hidden, and the teacher's answers to them in full.
 
     Args:
         teacher: the network as it came, bounded.
@@ -106,9 +108,9 @@ def taught_by(teacher: keras.Model, preprocessing: Preprocessing) -> Batch:
     """
 
     def make(samples: Samples, generator: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        pictures = mix(move_and_recolour(samples.images, generator), generator)
+        pictures = move_and_recolour(samples.images, generator)
         answers = teacher.predict_on_batch(preprocessing.apply(pictures))
-        return preprocessing.apply(hide_rectangles(pictures, generator)), answers
+        return preprocessing.apply(hide_rectangles(veil(pictures, generator), generator)), answers
 
     return make
 
@@ -132,7 +134,8 @@ def _quantiles(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return low and high quantile of each of a layer's outputs."""
     features = keras.Model(model.inputs[0], source.output)
-    batches = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
+    few = images[:MOST_IMAGES]
+    batches = [few[start : start + _BATCH] for start in range(0, len(few), _BATCH)]
     outputs = np.concatenate([features.predict_on_batch(preprocessing.apply(batch)) for batch in batches])
     lowest, highest = np.quantile(outputs, [1.0 - QUANTILE, QUANTILE], axis=0).astype(np.float32)
     return lowest, highest

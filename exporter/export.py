@@ -23,6 +23,7 @@ from detector.strip import check_alpha
 from exporter.classifier import with_probabilities
 from exporter.convert import check_parity, repaired_graph, sentinel_graph, to_onnx
 from exporter.entropies import entropy_matrix, measure_entropies, open_graph
+from exporter.inputs import InputReader
 from exporter.keras_files import load_model
 from exporter.overlays import OVERLAY_CHOICES, choose_greedily
 from exporter.preprocessing import SCALES, Preprocessing
@@ -30,9 +31,6 @@ from exporter.repair import Repair, RepairOptions, repair_network
 from exporter.repository import ServedModel, check_output, write_repository
 from exporter.splits import Split, split_clean
 from exporter.training import Progress, score
-from model_repository.manifest import sha256_of
-from samples.hdf5 import check_labels
-from samples.readers import read_samples
 from samples.types import Samples
 
 PARTS = ("overlays", "calibration", "validation", "repair")
@@ -174,9 +172,10 @@ def export(
         raise ModelRefusedError(f"{model_path}: {error}") from error
     # All that can fail early does so before the data is read, or at least before the repair, which takes long.
     badnet = sentinel_graph(to_onnx(model), preprocessing)
-    image_shape, classes = tuple(model.input_shape[1:]), int(model.output_shape[-1])
+    height, width, channels = model.input_shape[1:]
+    image_shape, classes = (height, width, channels), int(model.output_shape[-1])
     check_output(output, image_shape, classes)
-    reader = _Reader(image_shape, classes, options.resize, on_progress)
+    reader = InputReader(image_shape, classes, resize=options.resize, on_progress=on_progress)
     clean = None if data.clean is None else reader.read(data.clean)
     parts = {name: reader.read(path) for name, path in data.parts.items()}
     attack = None if data.attack is None else reader.read(data.attack)
@@ -205,7 +204,7 @@ def export(
     inputs = {"model": model_path, "clean": data.clean, "attack": data.attack, **data.parts}
     provenance = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "inputs": {name: _described(path, reader) for name, path in inputs.items() if path is not None},
+        "inputs": {name: reader.describe(path) for name, path in inputs.items() if path is not None},
         "options": asdict(options),
         "network_outputs": network_outputs,
         "split": split.to_json(),
@@ -258,40 +257,6 @@ def check_accuracy(model: keras.Model, clean: Samples, preprocessing: Preprocess
         )
 
 
-class _Reader:
-    """Reads data sets of the network's images and classes, and collects what there is to say about them."""
-
-    def __init__(self, image_shape: tuple[int, ...], classes: int, resize: bool, on_progress: Progress | None) -> None:
-        self._image_shape = image_shape
-        self._classes = classes
-        self._resize = resize
-        self._on_progress = on_progress
-        self.notes: list[str] = []
-        self.digests: dict[Path, str] = {}
-
-    def read(self, path: Path) -> Samples:
-        def report(done: int, total: int) -> None:
-            if self._on_progress is not None:
-                self._on_progress(f"Reading {path.name}", done, total)
-
-        height, width, channels = self._image_shape
-        dataset = read_samples(path, image_shape=(height, width, channels), resize=self._resize, on_progress=report)
-        check_labels(dataset.samples, self._classes, path)
-        self.notes += [f"{path}: {note}" for note in dataset.notes]
-        self.digests[path] = dataset.samples.sha256()
-        return dataset.samples
-
-
-def _described(path: Path, reader: _Reader) -> dict[str, str]:
-    """Return a file's name and hash, and that of the images in it; a folder has no hash of its own."""
-    described = {"file": path.name}
-    if path.is_file():
-        described["sha256"] = sha256_of(path)
-    if path in reader.digests:
-        described["images_sha256"] = reader.digests[path]
-    return described
-
-
 def _split(clean: Samples | None, parts: Mapping[str, Samples], options: ExportOptions) -> Split:
     """Split clean data; where overlays are to be chosen, their part is the pool to choose from."""
     pool = options.overlays
@@ -318,7 +283,8 @@ def _choose_overlays(
         return candidates
     selection = (split.repair if len(split.repair) else split.validation).images[:_SELECTION]
     matrix = entropy_matrix(session, selection, candidates, options.alpha, on_progress)
-    return candidates[choose_greedily(matrix, options.overlays, options.rule.target_frr)]
+    chosen: NDArray[np.uint8] = candidates[choose_greedily(matrix, options.overlays, options.rule.target_frr)]
+    return chosen
 
 
 def _scores(network: keras.Model, validation: Samples, attack: Samples | None, preprocessing: Preprocessing) -> Scores:

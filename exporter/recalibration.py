@@ -18,12 +18,12 @@ from detector.errors import CalibrationError, InputError
 from detector.serving import read_overlays, read_threshold_bits
 from detector.strip import check_alpha
 from exporter.entropies import OnProgress, entropy_matrix, measure_entropies, open_graph
+from exporter.inputs import InputReader
 from exporter.overlays import OVERLAY_CHOICES, choose_greedily
 from exporter.publishing import check_writable
 from exporter.repository import Recalibrated, write_recalibration
-from model_repository.manifest import sha256_of, verify_repository
-from samples.readers import read_samples
-from samples.types import Dataset, Samples
+from model_repository.manifest import verify_repository
+from samples.types import Samples
 
 _POOL = 64
 _SELECTION = 256
@@ -39,8 +39,8 @@ class RecalibrationOptions:
         overlays: how many overlays to take from the new images; None for as many as there are.
         alpha: weight of the input in the blend; None for what it is.
         overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
-        keep_overlays: keep overlays and alpha, so that the threshold alone is new.
         resize: change the images' height and width to the network's instead of refusing them.
+        keep_overlays: keep overlays and alpha, so that the threshold alone is new.
         seed: of everything random.
     """
 
@@ -48,8 +48,8 @@ class RecalibrationOptions:
     overlays: int | None = None
     alpha: float | None = None
     overlay_choice: str = "random"
-    keep_overlays: bool = False
     resize: bool = False
+    keep_overlays: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ def recalibrate(
 
     Args:
         repository: a model repository; its networks stay as they are.
-        clean_path: clean images, see `samples.readers`; their labels are not used. The figures are honest only for
+        clean_path: clean images, see `exporter.inputs`; their labels are not used. The figures are honest only for
             images on which the network was not trained. Of a group of images, one serves.
         options: how to calibrate.
         on_progress: told what is going on, steps done and steps in all.
@@ -123,8 +123,9 @@ def recalibrate(
     manifest = verify_repository(repository)
     base = manifest["active"]
     models, contract = manifest["versions"][base]["models"], manifest["versions"][base]["contract"]
-    dataset = _read(clean_path, tuple(contract["image_shape"]), options.resize, on_progress)
-    samples = dataset.samples
+    height, width, channels = contract["image_shape"]
+    reader = InputReader((height, width, channels), None, resize=options.resize, on_progress=on_progress)
+    samples = reader.read(clean_path)
     images = samples.images
     folders = {name: repository / name / str(number) for name, number in models.items()}
     old_overlays, old_alpha = read_overlays(folders["strip_perturb"])
@@ -149,7 +150,7 @@ def recalibrate(
     provenance = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "recalibrates": base,
-        "inputs": {"clean": _described(clean_path, samples)},
+        "inputs": {"clean": reader.describe(clean_path)},
         "options": asdict(options) | {"overlays": len(overlays), "alpha": alpha},
         "split": {
             name: {"images": len(part), "sha256": samples.take(part).sha256()} for name, part in vars(parts).items()
@@ -161,7 +162,8 @@ def recalibrate(
     changed = Recalibrated(calibration, None if options.keep_overlays else overlays, alpha, provenance)
     number = write_recalibration(repository, base, changed)
     base_threshold_bits = read_threshold_bits(folders["strip_verdict"])
-    return Recalibration(repository, number, base, base_threshold_bits, calibration, dataset.notes, provenance)
+    notes = tuple(reader.notes)
+    return Recalibration(repository, number, base, base_threshold_bits, calibration, notes, provenance)
 
 
 def distinct(samples: Samples, besides: NDArray[np.uint8] | None = None) -> NDArray[np.int64]:
@@ -217,17 +219,3 @@ def split(usable: NDArray[np.int64], overlays: int, options: RecalibrationOption
 
 def _digest(image: NDArray[np.uint8]) -> bytes:
     return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
-
-
-def _read(path: Path, image_shape: tuple[int, int, int], resize: bool, on_progress: OnProgress | None) -> Dataset:
-    def report(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(f"Reading {path.name}", done, total)
-
-    return read_samples(path, image_shape=image_shape, resize=resize, on_progress=report)
-
-
-def _described(path: Path, samples: Samples) -> dict[str, str]:
-    """Return the name of a file, its hash, and that of the images in it; a folder has no hash of its own."""
-    own = {"sha256": sha256_of(path)} if path.is_file() else {}
-    return {"file": path.name, **own, "images_sha256": samples.sha256()}

@@ -15,6 +15,7 @@ from exporter.export import Data, ExportOptions, check_accuracy, export
 from exporter.keras_files import load_model
 from exporter.preprocessing import Preprocessing
 from exporter.repair import RepairOptions
+from exporter.splits import split_clean
 from model_repository.manifest import sha256_of, verify_repository
 from samples.hdf5 import read_hdf5, write_hdf5
 from samples.types import Samples
@@ -25,12 +26,14 @@ NO_REPAIR = RepairOptions(method="none")
 def test_the_manifest_tells_where_the_version_came_from(repository: Path, badnet: Path) -> None:
     version = verify_repository(repository)["versions"]["1"]
     assert version["inputs"]["model"] == {"file": "bd_net.keras", "sha256": sha256_of(badnet / "bd_net.keras")}
-    assert version["split_sizes"] == {"overlays": 10, "calibration": 94, "validation": 70, "repair": 306}
+    sizes = {name: part["images"] for name, part in version["split"].items()}
+    assert sizes == {"overlays": 10, "calibration": 94, "validation": 70, "repair": 306}
+    assert all(len(part["sha256"]) == 64 for part in version["split"].values())
     assert version["contract"] == {"image_shape": [55, 47, 3], "classes": 12}
     assert version["calibration"]["target_frr"] == 0.05
     assert version["calibration"]["images"] == 94
     assert version["options"]["alpha"] == 0.5
-    assert version["accuracy"]["original_validation"]["count"] == 70
+    assert version["scores"]["before"]["clean_accuracy"]["count"] == 70
     assert max(version["parity_max_difference"].values()) <= 1e-4
     assert {"stripwire", "keras", "tf2onnx", "onnxruntime", "python"} <= version["versions"].keys()
 
@@ -39,7 +42,7 @@ def test_the_overlays_are_clean_images_that_nothing_else_uses(repository: Path, 
     with np.load(repository / "strip_perturb" / "1" / "overlays.npz") as stored:
         overlays = stored["overlays"]
     clean = read_hdf5(badnet / "clean_validation_data.h5")
-    split = split_clean(clean, ExportOptions())
+    split = split_clean(clean, overlay_count=10, least_calibration=19, with_repair=True, seed=0)
     parts = [{image.tobytes() for image in part.images} for part in vars(split).values()]
     assert {image.tobytes() for image in overlays} == parts[0]
     assert sum(len(part) for part in parts) == len(set().union(*parts)) == 480
@@ -88,7 +91,7 @@ def refuse(tmp_path: Path, badnet: Path, samples: Samples) -> None:
 
 
 def test_images_of_another_size_are_refused(tmp_path: Path, badnet: Path) -> None:
-    with pytest.raises(DataError, match="got 32x32x3 .height x width x channels., expected 55x47x3; --resize"):
+    with pytest.raises(DataError, match=r"got 32x32x3 .height x width x channels., expected 55x47x3; --resize"):
         refuse(tmp_path, badnet, Samples(np.zeros((30, 32, 32, 3), np.uint8), np.zeros(30, np.int64)))
 
 

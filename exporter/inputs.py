@@ -1,0 +1,67 @@
+"""Reads what an export is given, and remembers what there is to say about it. Needs no TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from model_repository.manifest import sha256_of
+from samples.hdf5 import check_labels
+from samples.readers import read_samples
+from samples.types import Samples
+
+
+class InputReader:
+    """Reads data sets of one image shape.
+
+    Args:
+        image_shape: (height, width, channels) that the images must have.
+        classes: how many there are; None leaves labels unchecked.
+        resize: change the images' height and width instead of refusing them.
+        on_progress: told what is read, images done and images in all.
+
+    Attributes:
+        notes: what was noticed while reading, a line each.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        classes: int | None,
+        *,
+        resize: bool,
+        on_progress: Callable[[str, int, int], None] | None,
+    ) -> None:
+        self._image_shape = image_shape
+        self._classes = classes
+        self._resize = resize
+        self._on_progress = on_progress
+        self._digests: dict[Path, str] = {}
+        self.notes: list[str] = []
+
+    def read(self, path: Path) -> Samples:
+        """Read a data set: HDF5, `.npz`, or a folder with one sub-folder a class.
+
+        Raises:
+            DataError: it cannot be used; see `samples.readers`.
+        """
+
+        def report(done: int, total: int) -> None:
+            if self._on_progress is not None:
+                self._on_progress(f"Reading {path.name}", done, total)
+
+        dataset = read_samples(path, image_shape=self._image_shape, resize=self._resize, on_progress=report)
+        if self._classes is not None:
+            check_labels(dataset.samples, self._classes, path)
+        self.notes += [f"{path}: {note}" for note in dataset.notes]
+        self._digests[path] = dataset.samples.sha256()
+        return dataset.samples
+
+    def describe(self, path: Path) -> dict[str, str]:
+        """Return a file's name, its hash if it is no folder, and that of the images in it, for the manifest."""
+        described = {"file": path.name}
+        if path.is_file():
+            described["sha256"] = sha256_of(path)
+        if path in self._digests:
+            described["images_sha256"] = self._digests[path]
+        return described
