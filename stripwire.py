@@ -366,7 +366,15 @@ def calibrate(
     from exporter.recalibration import RecalibrationOptions, recalibrate
 
     rule = ThresholdRule(calibration_method, target_frr, threshold_bits)
-    options = RecalibrationOptions(rule, overlays, alpha, overlay_choice, keep_overlays, resize, seed)
+    options = RecalibrationOptions(
+        rule=rule,
+        overlays=overlays,
+        alpha=alpha,
+        overlay_choice=overlay_choice,
+        resize=resize,
+        keep_overlays=keep_overlays,
+        seed=seed,
+    )
     with controlled(url, control_token, timeout, token, tls, tls_ca, tls_key, tls_cert) as control:
         with progress() as report:
             result = recalibrate(repository, clean, options, on_progress=report)

@@ -24,6 +24,7 @@ Augment: TypeAlias = Callable[[Any, np.random.Generator], NDArray[np.float32]]
 MOST_RECTANGLES = 3
 SIDE_SHARE = (0.06, 0.4)
 """Shortest and longest side of a rectangle, as a share of the picture's side."""
+MIXED_SHARE = 0.5
 VEILED_SHARE = 0.7
 MOST_OPACITY = 0.3
 _GRAINS = (1, 2, 4, 8)
@@ -54,6 +55,27 @@ def hide_rectangles(pictures: Pictures, generator: np.random.Generator) -> NDArr
                 piece = np.s_[other_top : other_top + rows, other_left : other_left + columns]
                 hidden[index][area] = pictures[generator.integers(batch)][piece]
     return hidden
+
+
+def mix(
+    pictures: Pictures, answers: NDArray[np.float32], generator: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the pictures, half of them blended with another one in any proportion, and their answers blended alike.
+
+    Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
+
+    Args:
+        pictures: (batch, height, width, channels), 0..255.
+        answers: probabilities for each, (batch, classes), float32.
+        generator: where the choices come from.
+    """
+    batch = len(pictures)
+    share = generator.uniform(0.0, 1.0, batch)
+    share = np.where(generator.uniform(size=batch) < MIXED_SHARE, share, 1.0).astype(np.float32)
+    others = generator.permutation(batch)
+    of_pictures, of_answers = share[:, None, None, None], share[:, None]
+    mixed = of_pictures * pictures + (1.0 - of_pictures) * pictures[others]
+    return mixed.astype(np.float32), of_answers * answers + (1.0 - of_answers) * answers[others]
 
 
 def veil(pictures: Pictures, generator: np.random.Generator) -> NDArray[np.float32]:

@@ -20,7 +20,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.augmentation import hide_rectangles, move_and_recolour, veil
+from exporter.augmentation import hide_rectangles, mix, move_and_recolour, veil
 from exporter.preprocessing import Preprocessing
 from exporter.training import Batch
 from samples.types import Samples
@@ -110,6 +110,8 @@ def taught_by(teacher: keras.Model, preprocessing: Preprocessing) -> Batch:
     def make(samples: Samples, generator: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         pictures = move_and_recolour(samples.images, generator)
         answers = teacher.predict_on_batch(preprocessing.apply(pictures))
+        # The answers are mixed, not asked for: to a mixture, the teacher might give the attacker's.
+        pictures, answers = mix(pictures, answers, generator)
         return preprocessing.apply(hide_rectangles(veil(pictures, generator), generator)), answers
 
     return make

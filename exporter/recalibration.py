@@ -39,8 +39,8 @@ class RecalibrationOptions:
         overlays: how many overlays to take from the new images; None for as many as there are.
         alpha: weight of the input in the blend; None for what it is.
         overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
-        keep_overlays: keep overlays and alpha, so that the threshold alone is new.
         resize: change the images' height and width to the network's instead of refusing them.
+        keep_overlays: keep overlays and alpha, so that the threshold alone is new.
         seed: of everything random.
     """
 
@@ -48,8 +48,8 @@ class RecalibrationOptions:
     overlays: int | None = None
     alpha: float | None = None
     overlay_choice: str = "random"
-    keep_overlays: bool = False
     resize: bool = False
+    keep_overlays: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ def recalibrate(
 
     Args:
         repository: a model repository; its networks stay as they are.
-        clean_path: clean images, see `samples.readers`; their labels are not used. The figures are honest only for
+        clean_path: clean images, see `exporter.inputs`; their labels are not used. The figures are honest only for
             images on which the network was not trained. Of a group of images, one serves.
         options: how to calibrate.
         on_progress: told what is going on, steps done and steps in all.
@@ -162,7 +162,8 @@ def recalibrate(
     changed = Recalibrated(calibration, None if options.keep_overlays else overlays, alpha, provenance)
     number = write_recalibration(repository, base, changed)
     base_threshold_bits = read_threshold_bits(folders["strip_verdict"])
-    return Recalibration(repository, number, base, base_threshold_bits, calibration, tuple(reader.notes), provenance)
+    notes = tuple(reader.notes)
+    return Recalibration(repository, number, base, base_threshold_bits, calibration, notes, provenance)
 
 
 def distinct(samples: Samples, besides: NDArray[np.uint8] | None = None) -> NDArray[np.int64]:
