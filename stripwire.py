@@ -52,7 +52,7 @@ ReportProgress = Callable[[str, int, int], None]
 
 Trigger = Literal["sunglasses", "eyebrows", "lipstick", "patch"]
 Scale = Literal["unit", "raw"]
-RepairMethod = Literal["distill", "magnitude", "activation", "finetune", "none"]
+RepairMethod = Literal["bounds", "distill", "magnitude", "activation", "finetune", "none"]
 Optimizer = Literal["adam", "sgd"]
 Augment = Literal["occlusion", "none"]
 Mode = Literal["block", "shadow"]
@@ -269,7 +269,7 @@ def export(
             "no step of the repair stayed within the allowed drop, so what is served as `repaired` is the network as "
             "it came, backdoor and all. Give more clean data, allow a larger --allowed-drop, or say --repair none"
         )
-    say(f"Version {result.version} written to {output}. Next:")
+    say(f"Version {result.version} written to {output}; all about it in {result.report}. Next:")
     command("serve", output)
 
 

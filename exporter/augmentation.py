@@ -22,7 +22,7 @@ Augment: TypeAlias = Callable[[Any, np.random.Generator], NDArray[np.float32]]
 """Changes a batch of pictures; the result has the same shape, is float32 and stays in 0..255."""
 
 MOST_RECTANGLES = 3
-SIDE_SHARE = (0.06, 0.4)
+SIDE_SHARE = (0.1, 0.5)
 """Shortest and longest side of a rectangle, as a share of the picture's side."""
 MIXED_SHARE = 0.5
 VEILED_SHARE = 0.7

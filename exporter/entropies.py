@@ -52,6 +52,7 @@ def entropy_matrix(
     overlays: NDArray[np.uint8],
     alpha: float,
     on_progress: OnProgress | None = None,
+    description: str = "Comparing overlays",
 ) -> NDArray[np.float32]:
     """Return the entropy of each image under each overlay by itself; arguments as for `measure_entropies`.
 
@@ -66,7 +67,7 @@ def entropy_matrix(
         entropies: NDArray[np.float32] = entropy_bits(rows).reshape(probabilities.shape[:2])
         return entropies
 
-    measured = _measure(session, images, overlays, alpha, one_by_one, "Comparing overlays", on_progress)
+    measured = _measure(session, images, overlays, alpha, one_by_one, description, on_progress)
     return np.concatenate([np.empty((0, len(overlays)), dtype=np.float32), *measured])
 
 

@@ -18,16 +18,18 @@ from numpy.typing import NDArray
 
 from detector.calibration import Calibration, ThresholdRule
 from detector.errors import DataError, InputError, ModelRefusedError
-from detector.statistics import Proportion
 from detector.strip import check_alpha
 from exporter.classifier import with_probabilities
+from exporter.commands import commands
 from exporter.convert import check_parity, repaired_graph, sentinel_graph, to_onnx
-from exporter.entropies import entropy_matrix, measure_entropies, open_graph
+from exporter.entropies import entropy_matrix, open_graph
 from exporter.inputs import InputReader
 from exporter.keras_files import load_model
 from exporter.overlays import OVERLAY_CHOICES, choose_greedily
 from exporter.preprocessing import SCALES, Preprocessing
 from exporter.repair import Repair, RepairOptions, repair_network
+from exporter.report import HTML_NAME, Scores, write_report
+from exporter.report.collect import collect
 from exporter.repository import ServedModel, check_output, write_repository
 from exporter.splits import Split, split_clean
 from exporter.training import Progress, score
@@ -101,30 +103,12 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """How one network does.
-
-    Attributes:
-        clean_accuracy: on the validation part.
-        attack_success: share of attack samples that get the attacker's class; None without attack samples.
-        recovered_accuracy: share of them that get the class that they really show; None where that is unknown.
-    """
-
-    clean_accuracy: Proportion
-    attack_success: Proportion | None
-    recovered_accuracy: Proportion | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the rates, for the manifest."""
-        return {name: None if rate is None else rate.to_json() for name, rate in vars(self).items()}
-
-
-@dataclass(frozen=True)
 class Export:
     """What an export did.
 
     Attributes:
         output: the model repository.
+        report: the page that tells all this, `report.json` beside it.
         version: the number of the version that was written.
         repair: the steps of the repair.
         before: how the network does as it came.
@@ -137,6 +121,7 @@ class Export:
     """
 
     output: Path
+    report: Path
     version: str
     repair: Repair
     before: Scores
@@ -185,8 +170,12 @@ def export(
     parity = {"badnet": check_parity(model, badnet, parity_images, preprocessing, "original network")}
     session = open_graph(badnet.SerializeToString())
     overlays = _choose_overlays(session, split, options, on_progress)
-    entropies = measure_entropies(session, split.calibration.images, overlays, options.alpha, on_progress)
-    calibration = options.rule.threshold_of(entropies)
+
+    def entropies_of(samples: Samples, description: str = "Measuring STRIP") -> NDArray[np.float32]:
+        return entropy_matrix(session, samples.images, overlays, options.alpha, on_progress, description)
+
+    entropies = entropies_of(split.calibration, "Calibrating STRIP")
+    calibration = options.rule.threshold_of(entropies.mean(axis=1))
 
     repair = repair_network(
         model,
@@ -215,9 +204,27 @@ def export(
         "versions": _versions(),
     }
     served = ServedModel(badnet, repaired, overlays, options.alpha, calibration, classes, provenance)
-    number = write_repository(output, served)
+    report = collect(
+        model_path=model_path,
+        model=model,
+        repair=repair,
+        before=before,
+        after=after,
+        split=split,
+        attack=attack,
+        preprocessing=preprocessing,
+        overlays=overlays,
+        alpha=options.alpha,
+        calibration=calibration,
+        calibration_entropies_bits=entropies,
+        entropies_of=entropies_of,
+        commands=commands(model_path, data, output, options),
+        provenance=provenance,
+    )
+    number = write_repository(output, served, lambda folder, number: write_report(folder, report(number)))
     return Export(
         output=output,
+        report=output / "guarded" / number / HTML_NAME,
         version=number,
         repair=repair,
         before=before,

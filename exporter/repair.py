@@ -12,13 +12,14 @@ import numpy as np
 
 from detector.errors import DataError, InputError
 from exporter.augmentation import AUGMENTATIONS
-from exporter.distillation import bounded, distillation_loss, reset_last_layers, taught_by
+from exporter.bounds import bounded, measure_bounds
+from exporter.distillation import distillation_loss, taught_by
 from exporter.preprocessing import Preprocessing
 from exporter.pruning import Pruning
 from exporter.training import OPTIMIZERS, Progress, Trainer, labelled, make_optimizer, score, seed_everything
 from samples.types import Samples
 
-REPAIRS = ("distill", "magnitude", "activation", "finetune", "none")
+REPAIRS = ("bounds", "distill", "magnitude", "activation", "finetune", "none")
 ATTACK_SUCCESS_GOAL = 0.01
 FRACTION_PER_ROUND = 0.05
 _ATTACK_IMAGES = 1000
@@ -165,7 +166,11 @@ def repair_network(
             raise DataError(f"{name} split: got no images, expected some; give more clean images")
     seed_everything(options.seed)
     course = _Course(model, validation, attack, preprocessing, options)
-    if options.method == "distill":
+    if options.method == "bounds":
+        course.use(bounded(model, measure_bounds(model, clean.images, preprocessing, on_progress=on_progress)))
+        course.measure("bounded")
+        course.stopped = "bounds are all that it sets"
+    elif options.method == "distill":
         _distill(course, clean, preprocessing, options, on_progress)
     elif options.method != "none":
         _fine_prune(course, clean, preprocessing, options, on_progress)
@@ -247,11 +252,10 @@ def _distill(
     course: _Course, clean: Samples, preprocessing: Preprocessing, options: RepairOptions, on_progress: Progress | None
 ) -> None:
     """Bound the features, begin the last layers anew, and let the network as it came, bounded, teach them."""
-    fresh = keras.models.clone_model(course.model)
-    teacher = bounded(course.model, clean.images, preprocessing)
-    course.use(bounded(course.model, clean.images, preprocessing))
+    bounds = measure_bounds(course.model, clean.images, preprocessing, on_progress=on_progress)
+    teacher = bounded(course.model, bounds)
+    course.use(bounded(course.model, bounds))
     course.measure("bounded")
-    reset_last_layers(course.model, fresh)
     trainer = Trainer(
         course.model,
         clean,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,10 +110,15 @@ def check_output(output: Path, image_shape: tuple[int, ...], classes: int) -> di
     return manifest
 
 
-def write_repository(output: Path, served: ServedModel) -> str:
+def write_repository(output: Path, served: ServedModel, write_report: Callable[[Path, str], None] | None = None) -> str:
     """Write `served` to `output`: a new repository, or a new version of the one that is there, and make it active.
 
     What appears, appears whole; versions that were there stay as they are.
+
+    Args:
+        output: the model repository.
+        served: what goes into it.
+        write_report: writes a report into a folder of the version, given the folder and the version's number.
 
     Returns:
         The number of the version written.
@@ -138,6 +143,8 @@ def write_repository(output: Path, served: ServedModel) -> str:
             _write_overlays(staged, number, served.overlays, served.alpha)
             _write_calibration(staged, number, served.calibration)
             _write_ensemble(staged, number)
+            if write_report is not None:
+                write_report(staged / "guarded" / number, number)
     return number
 
 

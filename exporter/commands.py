@@ -1,0 +1,45 @@
+"""The commands that repeat an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from exporter.export import Data, ExportOptions
+
+
+def commands(model: Path, data: Data, output: Path, options: ExportOptions) -> tuple[tuple[str, ...], ...]:
+    """Return the command that repeats an export, with every option that shapes its result, and the one that serves it."""
+    repair, rule, preprocessing = options.repair, options.rule, options.preprocessing
+    values: dict[str, object] = {
+        "output": output,
+        "clean": data.clean,
+        "attack": data.attack,
+        **{f"{_SINGULAR.get(name, name)}-images": path for name, path in data.parts.items()},
+        "scale": preprocessing.scale,
+        "mean": ",".join(map(repr, preprocessing.mean)) or None,
+        "std": ",".join(map(repr, preprocessing.std)) or None,
+        "architecture": options.architecture,
+        "repair": repair.method,
+        "augment": repair.augment,
+        "max-rounds": repair.max_rounds,
+        "epochs": repair.epochs,
+        "allowed-drop": repair.allowed_drop,
+        "optimizer": repair.optimizer,
+        "learning-rate": repair.learning_rate,
+        "batch-size": repair.batch_size,
+        "overlays": options.overlays,
+        "overlay-choice": options.overlay_choice,
+        "alpha": options.alpha,
+        "calibration-method": rule.method,
+        "target-frr": rule.target_frr,
+        "threshold-bits": rule.threshold_bits,
+        "seed": options.seed,
+    }
+    arguments = [str(part) for name, value in values.items() if value is not None for part in (f"--{name}", value)]
+    resize = ["--resize"] if options.resize else []
+    return ("stripwire", "export", str(model), *arguments, *resize), ("stripwire", "serve", str(output))
+
+
+_SINGULAR = {"overlays": "overlay"}
