@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from numpy.typing import NDArray
 
 from client.api import ModelMetadata, OnProgress, Verdicts
 from detector.errors import DataError, InputError
-from detector.statistics import Proportion
+from detector.statistics import Proportion, auroc
 from samples.types import Samples
 
 
@@ -129,25 +128,6 @@ class Evaluation:
 def proportion(happened: NDArray[np.bool_]) -> Proportion:
     """Return how often it happened: `happened` is (count,), bool."""
     return Proportion(int(np.count_nonzero(happened)), len(happened))
-
-
-def auroc(clean_scores: ArrayLike, trojaned_scores: ArrayLike) -> float:
-    """Return the chance that a trojaned image scores above a clean one, ties counting half, 0..1.
-
-    Args:
-        clean_scores: (count,), higher is more suspicious; for entropies, pass them negated.
-        trojaned_scores: (count,), likewise.
-
-    Raises:
-        InputError: a side is empty or holds NaN.
-    """
-    clean, trojaned = np.asarray(clean_scores, np.float64), np.asarray(trojaned_scores, np.float64)
-    for side, scores in (("clean", clean), ("trojaned", trojaned)):
-        if scores.ndim != 1 or not len(scores) or np.isnan(scores).any():
-            raise InputError(f"auroc: got {side} scores of shape {scores.shape}, expected (count,), none of them NaN")
-    # The asymptotic method only concerns the p-value, which is thrown away.
-    wins = stats.mannwhitneyu(trojaned, clean, alternative="greater", method="asymptotic").statistic
-    return float(wins / (len(clean) * len(trojaned)))
 
 
 def network_result(

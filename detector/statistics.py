@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from detector.errors import InputError
@@ -76,3 +78,22 @@ def frr_range(rank: int, count: int) -> tuple[float, float]:
     """
     low, high = stats.beta.interval(CONFIDENCE, rank, count + 1 - rank)
     return float(low), float(high)
+
+
+def auroc(clean_scores: ArrayLike, trojaned_scores: ArrayLike) -> float:
+    """Return the chance that a trojaned image scores above a clean one, ties counting half, 0..1.
+
+    Args:
+        clean_scores: (count,), higher is more suspicious; for entropies, pass them negated.
+        trojaned_scores: (count,), likewise.
+
+    Raises:
+        InputError: a side is empty or holds NaN.
+    """
+    clean, trojaned = np.asarray(clean_scores, np.float64), np.asarray(trojaned_scores, np.float64)
+    for side, scores in (("clean", clean), ("trojaned", trojaned)):
+        if scores.ndim != 1 or not len(scores) or np.isnan(scores).any():
+            raise InputError(f"auroc: got {side} scores of shape {scores.shape}, expected (count,), none of them NaN")
+    # The asymptotic method only concerns the p-value, which is thrown away.
+    wins = stats.mannwhitneyu(trojaned, clean, alternative="greater", method="asymptotic").statistic
+    return float(wins / (len(clean) * len(trojaned)))

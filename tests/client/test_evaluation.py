@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from client.api import ModelMetadata, OnProgress, Verdicts
-from client.evaluation import Evaluation, auroc, evaluate, proportion
+from client.evaluation import Evaluation, evaluate, proportion
 from detector.errors import DataError, InputError
-from detector.statistics import Proportion
+from detector.statistics import Proportion, auroc
 from samples.types import Samples
 
 CLASSES = 3

@@ -1,0 +1,110 @@
+"""The export report: `report.html`, for people, and `report.json`, every number behind it.
+
+The page is one file: no script, nothing fetched, opens from disk, light or dark. Names of files and layers come from a
+suspicious model; they are escaped, and the page's own content security policy forbids all that it does not hold.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from detector.strip import perturb, weighted_overlays
+from exporter.report.data import Examples, Layer, Part, ReportData, Scores, Step
+from exporter.report.document import document, percent
+from exporter.report.figures import draw_figures
+
+__all__ = ["Examples", "Layer", "Part", "ReportData", "Scores", "Step", "write_report"]
+
+HTML_NAME = "report.html"
+JSON_NAME = "report.json"
+
+
+def write_report(folder: Path, data: ReportData) -> None:
+    """Write `report.html` and `report.json` into `folder`, which exists.
+
+    `exporter.report.document` documents the keys of the JSON.
+    """
+    numbers = document(data)
+    (folder / JSON_NAME).write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / HTML_NAME).write_text(_page(numbers, data), encoding="utf-8")
+
+
+def _page(numbers: dict[str, Any], data: ReportData) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("exporter.report", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "rate": _rate}
+    return environment.get_template("report.html.j2").render(
+        numbers,
+        figures=draw_figures(numbers),
+        shown_examples=_shown_examples(numbers, data),
+        pixelated=max(data.overlays.shape[1:3]) < 128,
+        settings=list(_flat(numbers["provenance"].get("options", {}))),
+        command_lines=[shlex.join(command) for command in numbers["commands"]],
+    )
+
+
+def _rate(proportion: dict[str, Any] | None) -> str:
+    """Return a rate with its interval and sample size."""
+    if proportion is None or proportion["rate"] is None:
+        return "not measured"
+    low, high = (f"{100 * proportion[end]:.1f}" for end in ("low", "high"))
+    return f"{percent(proportion['rate'])} ({low} to {high}, n\u00a0=\u00a0{proportion['count']})"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Any:
+    """Yield (dotted name, value) of nested dictionaries."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, "not set" if value is None else value
+
+
+def _shown_examples(numbers: dict[str, Any], data: ReportData) -> list[dict[str, Any]]:
+    """Return, for every example, its numbers and its pictures: the input, an overlay, and the blend of both."""
+    weighted = weighted_overlays(data.overlays, data.alpha)
+    shown = []
+    for kind, examples in (("clean", data.clean_examples), ("trojaned", data.trojaned_examples)):
+        if examples is None:
+            continue
+        for row, image in enumerate(examples.images):
+            overlay = row % len(data.overlays)
+            blend = perturb(image[None], weighted[overlay : overlay + 1], data.alpha)[0, 0]
+            pictures = (
+                (f"{kind} input {row + 1}", image),
+                (f"overlay {overlay + 1}", data.overlays[overlay]),
+                ("blend of both", blend.round().astype(np.uint8)),
+            )
+            shown.append(
+                {
+                    "name": f"{kind} input {row + 1}",
+                    "kind": kind,
+                    "pictures": [(text, _data_uri(picture)) for text, picture in pictures],
+                    **numbers["examples"][kind][row],
+                }
+            )
+    return shown
+
+
+def _data_uri(image: NDArray[np.uint8]) -> str:
+    """Return (height, width, channels) as a PNG in a data URI; what is neither grey nor colour shows one channel."""
+    channels = image.shape[-1]
+    drawn = Image.fromarray(np.ascontiguousarray(image if channels in (3, 4) else image[..., 0]))
+    buffer = io.BytesIO()
+    drawn.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

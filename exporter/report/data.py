@@ -1,0 +1,149 @@
+"""What a report is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detector.calibration import Calibration
+from detector.statistics import Proportion
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the network as it came.
+
+    Attributes:
+        name: as the file has it.
+        kind: such as `Conv2D`.
+        output_shape: without the batch; None where a size is free.
+        parameters: how many numbers it has learned.
+        pruned_share: of its weights, by the repair, 0..1; None where nothing is ever pruned.
+    """
+
+    name: str
+    kind: str
+    output_shape: tuple[int | None, ...]
+    parameters: int
+    pruned_share: float | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """The network after a step of the repair.
+
+    Attributes:
+        name: of the step, such as `round 1`; no two steps share it.
+        clean_accuracy: on the validation part, 0..1.
+        attack_success: attack samples that get the attacker's class, 0..1; None without attack samples.
+        recovered_accuracy: attack samples that get the class that they show, 0..1; None where that is unknown.
+        pruned_share: of the weights that may be pruned, 0..1.
+    """
+
+    name: str
+    clean_accuracy: float
+    attack_success: float | None
+    recovered_accuracy: float | None
+    pruned_share: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How one network does.
+
+    Attributes:
+        clean_accuracy: on the validation part.
+        attack_success: attack samples that get the attacker's class; None without attack samples.
+        recovered_accuracy: attack samples that get the class that they show; None where that is unknown.
+    """
+
+    clean_accuracy: Proportion
+    attack_success: Proportion | None
+    recovered_accuracy: Proportion | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the clean data, or the attack samples.
+
+    Attributes:
+        name: such as `calibration`.
+        images: how many.
+        sha256: of its content, hexadecimal.
+    """
+
+    name: str
+    images: int
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Inputs to show.
+
+    Attributes:
+        images: (count, height, width, channels), uint8, 0..255.
+        entropies_bits: STRIP's entropy of each, (count,), float.
+        original_labels: the untouched network's answers, (count,), integer.
+        repaired_labels: the repaired network's answers, (count,), integer.
+        true_labels: what each shows, (count,), integer; None where that is unknown.
+    """
+
+    images: NDArray[np.uint8]
+    entropies_bits: NDArray[np.floating[Any]]
+    original_labels: NDArray[np.integer[Any]]
+    repaired_labels: NDArray[np.integer[Any]]
+    true_labels: NDArray[np.integer[Any]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ReportData:
+    """Everything that the report tells.
+
+    Attributes:
+        model_name: name of the model's file.
+        version: number of the version in the model repository.
+        layers: of the network as it came.
+        steps: of the repair, the network as it came first.
+        kept: name of the step whose network is served as `repaired`.
+        stopped: why the repair took no further step.
+        before: the network as it came.
+        after: the repaired network, on the same images.
+        attack_success_goal: the repair counts as failed if attack success is not under it, 0..1.
+        calibration: the threshold and what it rests on.
+        alpha: weight of the input in the blend.
+        overlays: (N, height, width, channels), uint8, 0..255.
+        calibration_entropies_bits: with each overlay, of the images that the threshold was chosen on, (images, N),
+            float, in bits; an image's entropy is the mean over N.
+        held_out_entropies_bits: likewise, of clean images that had no part in choosing the threshold.
+        trojaned_entropies_bits: likewise, of attack samples; None without them.
+        clean_examples: a few clean inputs.
+        trojaned_examples: a few attack samples; None without them.
+        parts: what the clean data was split into, and the attack samples.
+        commands: what reproduces the export, each as its list of arguments.
+        provenance: what the manifest says of this version; plain values only.
+    """
+
+    model_name: str
+    version: str
+    layers: tuple[Layer, ...]
+    steps: tuple[Step, ...]
+    kept: str
+    stopped: str
+    before: Scores
+    after: Scores
+    attack_success_goal: float
+    calibration: Calibration
+    alpha: float
+    overlays: NDArray[np.uint8]
+    calibration_entropies_bits: NDArray[np.floating[Any]]
+    held_out_entropies_bits: NDArray[np.floating[Any]]
+    trojaned_entropies_bits: NDArray[np.floating[Any]] | None
+    clean_examples: Examples
+    trojaned_examples: Examples | None
+    parts: tuple[Part, ...]
+    commands: tuple[tuple[str, ...], ...]
+    provenance: dict[str, Any]

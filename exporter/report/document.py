@@ -1,0 +1,238 @@
+"""The numbers of a report, as `report.json` holds them; figures and page are drawn from these alone.
+
+Keys of the JSON, format 1. Rates and shares are 0..1, entropies in bits; null is what was not measured. A *proportion*
+is {rate, low, high, successes, count}: the rate, its exact 95 % interval, and what it rests on.
+
+- `format`: 1.
+- `model`, `version`: the file that came in, the number of the version that was written.
+- `notices`: [{level, text}], the most important first; level is `alarm` or `note`.
+- `networks`: {original, repaired}, each {clean_accuracy, attack_success, recovered_accuracy}: proportions.
+- `repair`: {changed, kept, stopped, goal, steps: [{name, clean_accuracy, attack_success, recovered_accuracy,
+  pruned_share}]}; the repair succeeded if attack success is under `goal`.
+- `layers`: [{name, kind, output_shape, parameters, pruned_share}].
+- `guard`: {threshold_bits, method, target_frr, frr_low, frr_high, images, alpha, overlays, frr, far, auroc}. `frr_low`
+  to `frr_high` is the 95 % range that calibration expects; the proportions `frr` (held-out clean images rejected) and
+  `far` (trojaned images accepted) were measured.
+- `histogram`: {edges_bits, calibration, held_out, trojaned}: images in each bin; one edge more than bins.
+- `roc`: {frr, detection_rate}: the corners of the curve; detection rate is 1 - FAR. Null without attack samples.
+- `thresholds`: {threshold_bits, frr, frr_low, frr_high, far}: at each threshold, on held-out and trojaned images; the
+  interval holds at each threshold by itself.
+- `overlays`: {count, share, clean_low_bits, trojaned_high_bits, auroc}: with the first `count` overlays only, the
+  entropy under which `share` of the clean images lie, the one over which `share` of the trojaned images lie, and AUROC.
+- `examples`: {clean, trojaned}, each [{entropy_bits, rejected, original_label, repaired_label, true_label}].
+- `parts`: [{name, images, sha256}].
+- `commands`: [[argument]].
+- `provenance`: what the manifest says of this version.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detector.statistics import Proportion, auroc
+from detector.strip import is_trojaned
+from exporter.report.data import Examples, ReportData, Scores
+
+FORMAT = 1
+_BINS = 50
+_THRESHOLDS = 80
+_OVERLAY_COUNTS = 50
+_USUAL_SHARE = 0.05
+
+
+def document(data: ReportData) -> dict[str, Any]:
+    """Return all numbers of the report, fit for strict JSON; the keys are documented above."""
+    calibration, threshold = data.calibration, data.calibration.threshold_bits
+    held_out = _mean_bits(data.held_out_entropies_bits)
+    trojaned = None if data.trojaned_entropies_bits is None else _mean_bits(data.trojaned_entropies_bits)
+    changed = data.kept != data.steps[0].name
+    far = None if trojaned is None else _share(~is_trojaned(trojaned, threshold))
+    written = {
+        "format": FORMAT,
+        "model": data.model_name,
+        "version": data.version,
+        "notices": _notices(data, changed, far),
+        "networks": {"original": _scores(data.before), "repaired": _scores(data.after)},
+        "repair": {
+            "changed": changed,
+            "kept": data.kept,
+            "stopped": data.stopped,
+            "goal": data.attack_success_goal,
+            "steps": [asdict(step) for step in data.steps],
+        },
+        "layers": [asdict(layer) for layer in data.layers],
+        "guard": {
+            **{name: value for name, value in asdict(calibration).items() if name != "calibration_frr"},
+            "alpha": data.alpha,
+            "overlays": len(data.overlays),
+            "frr": _share(is_trojaned(held_out, threshold)).to_json(),
+            "far": None if far is None else far.to_json(),
+            "auroc": None if trojaned is None else auroc(-held_out, -trojaned),
+        },
+        "histogram": _histogram(_mean_bits(data.calibration_entropies_bits), held_out, trojaned),
+        "roc": None if trojaned is None else _roc(held_out, trojaned),
+        "thresholds": _thresholds(held_out, trojaned, threshold),
+        "overlays": _by_overlays(data),
+        "examples": {
+            "clean": _examples(data.clean_examples, threshold),
+            "trojaned": None if data.trojaned_examples is None else _examples(data.trojaned_examples, threshold),
+        },
+        "parts": [asdict(part) for part in data.parts],
+        "commands": data.commands,
+        "provenance": data.provenance,
+    }
+    plain: dict[str, Any] = _plain(written)
+    return plain
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage, to as many digits as tell it from none and from all."""
+    near_an_end = 0.0 < share < 0.0005 or 0.9995 <= share < 1.0
+    return f"{100 * share:.{2 if near_an_end else 1}f} %"
+
+
+def _notices(data: ReportData, changed: bool, far: Proportion | None) -> list[dict[str, str]]:
+    before, after = data.before.attack_success, data.after.attack_success
+    notices = []
+    if not changed:
+        text = (
+            "The repair changed nothing: what is served as the repaired network is the network as it came, with "
+            f"whatever backdoor it has. Reason: {data.stopped}."
+        )
+        notices.append(("alarm", text))
+    if after is not None and after.rate >= data.attack_success_goal:
+        text = (
+            f"The attack still succeeds on {percent(after.rate)} of the attack samples; the goal is less than "
+            f"{percent(data.attack_success_goal)}. The backdoor is not closed."
+        )
+        notices.append(("alarm", text))
+    if before is not None and before.high < 0.5:
+        text = (
+            f"The attack samples fool even the network as it came on no more than {percent(before.rate)} of them: they "
+            "hardly carry its trigger, and what is measured on them says little."
+        )
+        notices.append(("alarm", text))
+    if far is not None and far.rate > 0.5:
+        text = f"STRIP lets {percent(far.rate)} of the attack samples pass: it does not detect this trigger."
+        notices.append(("alarm", text))
+    if after is None:
+        text = (
+            "No attack samples were given. Attack success, recovered accuracy and the detection of trojaned inputs "
+            "were not measured, so nothing here can say whether a backdoor was there, or is gone."
+        )
+        notices.append(("note", text))
+    return [{"level": level, "text": text} for level, text in notices]
+
+
+def _scores(scores: Scores) -> dict[str, Any]:
+    return {name: None if rate is None else rate.to_json() for name, rate in vars(scores).items()}
+
+
+def _mean_bits(per_overlay: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Return each image's entropy, (images,); one that is not finite is rejected at any threshold, so it is lowest."""
+    means = per_overlay.mean(axis=1, dtype=np.float64)
+    return np.where(np.isfinite(means), means, -np.inf)
+
+
+def _share(happened: NDArray[np.bool_]) -> Proportion:
+    return Proportion(int(np.count_nonzero(happened)), len(happened))
+
+
+def _histogram(
+    calibration: NDArray[np.float64], held_out: NDArray[np.float64], trojaned: NDArray[np.float64] | None
+) -> dict[str, Any]:
+    groups = {"calibration": calibration, "held_out": held_out, "trojaned": trojaned}
+    highest = max(group.max(initial=0.0) for group in groups.values() if group is not None)
+    edges = np.linspace(0.0, highest or 1.0, _BINS + 1)
+    # What is not finite was put lowest: it is counted in the lowest bin.
+    counts = {
+        name: None if group is None else np.histogram(group.clip(0.0), edges)[0] for name, group in groups.items()
+    }
+    return {"edges_bits": edges, **counts}
+
+
+def _roc(clean: NDArray[np.float64], trojaned: NDArray[np.float64]) -> dict[str, Any]:
+    thresholds = np.unique(np.concatenate([clean, trojaned]))
+    rates = np.stack([_at_or_under(group, thresholds) for group in (clean, trojaned)])
+    rates = np.concatenate([np.zeros((2, 1)), rates], axis=1)
+    # Only corners: a point between two others on a straight horizontal or vertical line says nothing.
+    steps = np.diff(rates, axis=1) > 0
+    straight = (steps[:, :-1] == steps[:, 1:]).all(axis=0) & (steps.sum(axis=0) == 1)[1:]
+    rates = rates[:, np.concatenate([[True], ~straight, [True]])]
+    return {"frr": rates[0], "detection_rate": rates[1]}
+
+
+def _thresholds(
+    clean: NDArray[np.float64], trojaned: NDArray[np.float64] | None, threshold_bits: float
+) -> dict[str, Any]:
+    highest = max(1.6 * threshold_bits, float(np.quantile(clean, 0.3, method="higher")))
+    thresholds = np.linspace(0.0, highest or 1.0, _THRESHOLDS)
+    rates = [_share(clean <= each) for each in thresholds]
+    return {
+        "threshold_bits": thresholds,
+        "frr": [rate.rate for rate in rates],
+        "frr_low": [rate.low for rate in rates],
+        "frr_high": [rate.high for rate in rates],
+        "far": None if trojaned is None else 1.0 - _at_or_under(trojaned, thresholds),
+    }
+
+
+def _at_or_under(entropies: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the share of entropies, (images,), at or under each threshold, (thresholds,)."""
+    return np.asarray(np.searchsorted(np.sort(entropies), thresholds, side="right") / len(entropies))
+
+
+def _by_overlays(data: ReportData) -> dict[str, Any]:
+    share = _USUAL_SHARE if data.calibration.target_frr is None else data.calibration.target_frr
+    total = len(data.overlays)
+    counts = np.unique(np.linspace(1, total, min(total, _OVERLAY_COUNTS)).round().astype(int))
+    clean = [_mean_bits(data.held_out_entropies_bits[:, :count]) for count in counts]
+    low = [np.quantile(entropies, share, method="lower") for entropies in clean]
+    high = separation = None
+    if data.trojaned_entropies_bits is not None:
+        trojaned = [_mean_bits(data.trojaned_entropies_bits[:, :count]) for count in counts]
+        high = [np.quantile(entropies, 1.0 - share, method="higher") for entropies in trojaned]
+        separation = [auroc(-one, -other) for one, other in zip(clean, trojaned, strict=True)]
+    return {
+        "count": counts,
+        "share": share,
+        "clean_low_bits": low,
+        "trojaned_high_bits": high,
+        "auroc": separation,
+    }
+
+
+def _examples(examples: Examples, threshold_bits: float) -> list[dict[str, Any]]:
+    truth = examples.true_labels
+    return [
+        {
+            "entropy_bits": entropy,
+            "rejected": rejected,
+            "original_label": examples.original_labels[row],
+            "repaired_label": examples.repaired_labels[row],
+            "true_label": None if truth is None else truth[row],
+        }
+        for row, (entropy, rejected) in enumerate(
+            zip(examples.entropies_bits, is_trojaned(examples.entropies_bits, threshold_bits), strict=True)
+        )
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` of Python's own types: no arrays, no number that is not finite, no text that UTF-8 cannot hold."""
+    if isinstance(value, dict):
+        return {_plain(str(name)): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):  # a file's name may hold bytes that are no UTF-8
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    return value
