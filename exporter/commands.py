@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def commands(model: Path, data: Data, output: Path, options: ExportOptions) -> tuple[tuple[str, ...], ...]:
-    """Return the command that repeats an export, with every option that shapes its result, and the one that serves it."""
+    """Return the command that repeats an export, with every option that shapes its result, and what serves it then."""
     repair, rule, preprocessing = options.repair, options.rule, options.preprocessing
     values: dict[str, object] = {
         "output": output,

@@ -11,7 +11,6 @@ Triggers from Deep Neural Networks", ICLR 2021, distil from a fine-tuned copy.)
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import keras
@@ -23,6 +22,8 @@ from exporter.preprocessing import Preprocessing
 from exporter.training import Batch
 from samples.types import Samples
 
+LABEL_SHARE = 0.5
+"""What the labels count beside the teacher's answers."""
 TEMPERATURE = 2.0
 _LEAST = 1e-7
 
@@ -38,8 +39,8 @@ def taught_by(teacher: keras.Model, preprocessing: Preprocessing) -> Batch:
     def make(samples: Samples, generator: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         pictures = move_and_recolour(samples.images, generator)
         answers = teacher.predict_on_batch(preprocessing.apply(pictures))
-        if os.environ.get("HARD"):
-            answers = 0.5 * answers + 0.5 * np.eye(answers.shape[1], dtype=np.float32)[samples.labels]
+        labels = np.eye(answers.shape[1], dtype=np.float32)[samples.labels]
+        answers = (1.0 - LABEL_SHARE) * answers + LABEL_SHARE * labels
         # The answers are mixed, not asked for: to a mixture, the teacher might give the attacker's.
         pictures, answers = mix(pictures, answers, generator)
         return preprocessing.apply(hide_rectangles(veil(pictures, generator), generator)), answers

@@ -34,6 +34,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         "stripwire.py",
         "stripwire_demo.py",
+        "exporter/report/report.html.j2",
         "model_repository/strip_perturb/model.py",
         "model_repository/strip_entropy/model.py",
         "model_repository/strip_verdict/model.py",

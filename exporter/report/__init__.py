@@ -64,7 +64,7 @@ def _rate(proportion: dict[str, Any] | None) -> str:
     if proportion is None or proportion["rate"] is None:
         return "not measured"
     low, high = (f"{100 * proportion[end]:.1f}" for end in ("low", "high"))
-    return f"{percent(proportion['rate'])} ({low} to {high}, n = {proportion['count']})"
+    return f"{percent(proportion['rate'])} ({low} to {high}, n\u00a0=\u00a0{proportion['count']})"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Any:

@@ -29,7 +29,7 @@ _PAGE_COLOURS = {
     _TROJANED: "var(--trojaned)",
     _RECOVERED: "var(--recovered)",
 }
-_STYLE: dict[Any, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 8.5,
@@ -52,7 +52,7 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": _TEXT,
     "ytick.color": _TEXT,
 }
-_WIDTH_INCHES = 4.5  # so that text keeps its size on a telephone, and is no giant's on a desk
+_WIDTH_INCHES = 4.0  # so that text keeps its size on a telephone, and is no giant's on a desk
 _NAMES_SHOWN = 8
 
 
@@ -150,7 +150,7 @@ def _histogram(numbers: dict[str, Any]) -> Drawn:
             axes.set_ylabel("images")
             axes.yaxis.get_major_locator().set_params(integer=True, nbins=4)
         rows[-1].set_xlabel("entropy (bits)")
-        _legend(figure, columns=2)
+        _legend(figure)
 
     height = 2.6 if len(groups) == 1 else 3.4
     return Drawn("histogram", "Entropy of clean and trojaned inputs", sentence + ".", _svg("histogram", height, draw))
@@ -194,8 +194,8 @@ def _thresholds(numbers: dict[str, Any]) -> Drawn:
     at, frr = curve["threshold_bits"], guard["frr"]
     sentence = (
         f"At {guard['threshold_bits']:.3f} bits, {percent(frr['rate'])} of {frr['count']} held-out clean images are "
-        f"rejected (95 % interval {percent(frr['low'])} to {percent(frr['high'])}); a higher threshold catches more "
-        "and rejects more."
+        f"rejected (95 % interval {percent(frr['low'])} to {percent(frr['high'])}); a higher threshold catches "
+        "more and rejects more."
     )
 
     def draw(figure: Figure) -> None:
@@ -238,18 +238,21 @@ def _overlays(numbers: dict[str, Any]) -> Drawn:
             rows[0].plot(counts, high, "s-", color=_TROJANED, label=f"trojaned: {100 * share:g} % lie over")
             rows[1].plot(counts, separation, "^-", color=_RECOVERED, label="AUROC")
             rows[1].set_ylabel("AUROC")
+            room = 0.1 * (1 - min(separation)) + 0.001
+            rows[1].set_ylim(min(separation) - room, max(separation) + room)
+            rows[1].ticklabel_format(useOffset=False)
         rows[0].set_ylabel("entropy (bits)")
         rows[0].set_ylim(bottom=0)
         rows[-1].xaxis.get_major_locator().set_params(integer=True)
         rows[-1].set_xlabel("overlays used")
-        _legend(figure, columns=2)
+        _legend(figure)
 
     return Drawn("overlays", title, sentence + ".", _svg("overlays", 2.6 if separation is None else 3.4, draw))
 
 
-def _legend(figure: Figure, columns: int = 4) -> None:
+def _legend(figure: Figure) -> None:
     """Put what the lines are above the axes, where it hides none."""
-    figure.legend(loc="outside upper center", ncols=columns, borderaxespad=0.2)
+    figure.legend(loc="outside upper center", ncols=2, borderaxespad=0.2)
 
 
 def _svg(name: str, height_inches: float, draw: Callable[[Figure], None]) -> Markup:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from scipy.integrate import trapezoid
 
 from detector.calibration import calibrate
 from detector.statistics import Proportion
-from exporter.report import Examples, Layer, Part, ReportData, Scores, Step
+from exporter.report import Examples, Layer, Part, ReportData, Scores, Step, write_report
+from exporter.report.document import document, percent
 
 OVERLAYS = 10
 FIGURES = {"repair", "histogram", "roc", "thresholds", "overlays"}
@@ -66,3 +74,346 @@ def report_data(seed: int = 0, **changes: Any) -> ReportData:
         },
     )
     return dataclasses.replace(data, **changes)
+
+
+def without_attack(**changes: Any) -> ReportData:
+    """Return a report of an export that had no attack samples."""
+    data = report_data()
+    clean_only = Scores(Proportion(449, 450), None, None)
+    steps = tuple(dataclasses.replace(step, attack_success=None, recovered_accuracy=None) for step in data.steps)
+    nothing: dict[str, Any] = dict.fromkeys(("trojaned_entropies_bits", "trojaned_examples"))
+    return dataclasses.replace(data, steps=steps, before=clean_only, after=clean_only, **(nothing | changes))
+
+
+class Page(HTMLParser):
+    """What a parser finds in a page: tags that are open or closed, attributes, identifiers, and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def values(self, name: str) -> list[str]:
+        return [value for _, found, value in self.attributes if found == name]
+
+
+def written(folder: Path, data: ReportData) -> tuple[Page, dict[str, Any]]:
+    write_report(folder, data)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    numbers = json.loads((folder / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    return Page((folder / "report.html").read_text(encoding="utf-8")), numbers
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Rate(Strict):
+    rate: float = Field(ge=0, le=1)
+    low: float = Field(ge=0, le=1)
+    high: float = Field(ge=0, le=1)
+    successes: int
+    count: int
+
+
+class Network(Strict):
+    clean_accuracy: Rate
+    attack_success: Rate | None
+    recovered_accuracy: Rate | None
+
+
+class RepairNumbers(Strict):
+    changed: bool
+    kept: str
+    stopped: str
+    goal: float
+    steps: list[dict[str, str | float | None]]
+
+
+class Guard(Strict):
+    threshold_bits: float
+    method: str
+    target_frr: float | None
+    frr_low: float
+    frr_high: float
+    images: int
+    alpha: float
+    overlays: int
+    frr: Rate
+    far: Rate | None
+    auroc: float | None
+
+
+class Histogram(Strict):
+    edges_bits: list[float]
+    calibration: list[int]
+    held_out: list[int]
+    trojaned: list[int] | None
+
+
+class Roc(Strict):
+    frr: list[float]
+    detection_rate: list[float]
+
+
+class Thresholds(Strict):
+    threshold_bits: list[float]
+    frr: list[float]
+    frr_low: list[float]
+    frr_high: list[float]
+    far: list[float] | None
+
+
+class Overlays(Strict):
+    count: list[int]
+    share: float
+    clean_low_bits: list[float | None]
+    trojaned_high_bits: list[float | None] | None
+    auroc: list[float] | None
+
+
+class Numbers(Strict):
+    """The keys of `report.json`, format 1."""
+
+    format: int = Field(ge=1, le=1)
+    model: str
+    version: str
+    notices: list[dict[str, str]]
+    networks: dict[str, Network]
+    repair: RepairNumbers
+    layers: list[dict[str, Any]]
+    guard: Guard
+    histogram: Histogram
+    roc: Roc | None
+    thresholds: Thresholds
+    overlays: Overlays
+    examples: dict[str, list[dict[str, Any]] | None]
+    parts: list[dict[str, str | int]]
+    commands: list[list[str]]
+    provenance: dict[str, Any]
+
+    @model_validator(mode="after")
+    def curves_have_a_value_for_each_point(self) -> Numbers:
+        for curve in (self.roc, self.thresholds, self.overlays):
+            if curve is not None:
+                assert len({len(values) for values in vars(curve).values() if isinstance(values, list)}) == 1
+        return self
+
+
+@pytest.mark.parametrize("data", [report_data(), without_attack()], ids=["attack", "no attack"])
+def test_the_json_has_the_documented_keys_and_no_other(tmp_path: Path, data: ReportData) -> None:
+    Numbers.model_validate(written(tmp_path, data)[1])
+
+
+def test_the_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
+    page, _ = written(tmp_path, report_data())
+    assert page.tags.count("svg") == len(FIGURES)
+    assert page.tags.count("img") == 3 * 4
+    assert not {"script", "link", "iframe", "object", "base", "a", "form"} & set(page.tags)
+    assert all(value.startswith("data:image/png;base64,") for value in page.values("src"))
+    assert all(value.startswith("#") for value in page.values("href"))
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "http:" not in html
+    assert "https:" not in html
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+
+
+def test_every_identifier_is_met_once_and_every_reference_finds_its_own(tmp_path: Path) -> None:
+    page, _ = written(tmp_path, report_data())
+    identifiers = page.values("id")
+    assert len(set(identifiers)) == len(identifiers)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    references = [value.removeprefix("#") for value in page.values("href")] + re.findall(r"url\(#([^)]*)\)", html)
+    references += page.values("aria-labelledby") + page.values("aria-describedby")
+    assert set(references) <= set(identifiers)
+
+
+def test_the_page_can_be_read_without_seeing_it(tmp_path: Path) -> None:
+    page, _ = written(tmp_path, report_data())
+    assert ("html", "lang", "en") in page.attributes
+    assert page.tags.count("title") == page.tags.count("h1") == 1
+    assert page.values("role").count("img") == len(FIGURES)
+    assert len(page.values("alt")) == page.tags.count("img")
+    assert all(page.values("alt"))
+    assert page.tags.count("th") == len(page.values("scope"))
+
+
+def test_figures_take_their_colours_from_the_page(tmp_path: Path) -> None:
+    write_report(tmp_path, report_data())
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    drawings = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    assert "var(--trojaned)" in drawings
+    assert not re.search(r"#[0-9a-f]{6}\b", drawings)
+
+
+def test_hostile_names_are_only_text(tmp_path: Path) -> None:
+    evil = "</title><script>alert(1)</script><img src=x onerror=alert(2)>$\\frac{"
+    data = report_data()
+    steps = (*data.steps[:-1], dataclasses.replace(data.steps[-1], name=evil))
+    provenance = data.provenance | {
+        "inputs": {evil: {"file": evil, "sha256": evil}},
+        "options": {evil: {evil: evil}},
+        "versions": {evil: evil},
+    }
+    hostile: dict[str, Any] = {
+        "model_name": evil,
+        "version": evil,
+        "layers": (Layer(evil, evil, (None, 3), 1, 0.5),),
+        "steps": steps,
+        "kept": evil,
+        "stopped": evil,
+        "parts": (Part(evil, 1, evil),),
+        "commands": ((evil, evil),),
+        "provenance": provenance,
+    }
+    page, numbers = written(tmp_path, dataclasses.replace(data, **hostile))
+    assert "script" not in page.tags
+    assert page.values("onerror") == []
+    assert page.tags.count("img") == 3 * 4
+    assert evil in page.text
+    assert numbers["model"] == evil
+
+
+def test_a_file_name_that_is_no_utf_8_is_written_with_its_bytes_spelled_out(tmp_path: Path) -> None:
+    page, numbers = written(tmp_path, report_data(model_name="net\udcff.keras"))
+    assert numbers["model"] == r"net\udcff.keras"
+    assert r"net\udcff.keras" in page.text
+
+
+def test_a_command_with_a_blank_in_it_can_be_pasted(tmp_path: Path) -> None:
+    page, _ = written(tmp_path, report_data())
+    assert "stripwire export 'my net.keras' --clean clean.h5" in page.text
+
+
+def test_what_was_not_measured_is_said_and_not_drawn(tmp_path: Path) -> None:
+    page, numbers = written(tmp_path, without_attack())
+    assert page.tags.count("svg") == len(FIGURES) - 1
+    assert "Not measured: there were no attack samples." in page.text
+    assert numbers["roc"] is numbers["guard"]["far"] is numbers["guard"]["auroc"] is None
+    assert [notice["level"] for notice in numbers["notices"]] == ["note"]
+
+
+def test_one_overlay_and_no_repair_leave_nothing_to_compare(tmp_path: Path) -> None:
+    data = report_data()
+    first: dict[str, Any] = {
+        name: getattr(data, name)[:, :1]
+        for name in ("calibration_entropies_bits", "held_out_entropies_bits", "trojaned_entropies_bits")
+    }
+    page, numbers = written(
+        tmp_path,
+        dataclasses.replace(
+            data,
+            overlays=data.overlays[:1],
+            steps=data.steps[:1],
+            kept="as received",
+            stopped="none asked for",
+            **first,
+        ),
+    )
+    assert page.tags.count("svg") == len(FIGURES) - 2
+    assert numbers["overlays"]["count"] == [1]
+
+
+def levels(data: ReportData) -> list[str]:
+    return [notice["level"] for notice in document(data)["notices"]]
+
+
+def test_a_good_repair_raises_no_alarm() -> None:
+    assert levels(report_data()) == []
+
+
+@pytest.mark.parametrize(("successes", "alarms"), [(9, 0), (10, 1), (500, 1)])
+def test_an_attack_that_still_succeeds_is_an_alarm(successes: int, alarms: int) -> None:
+    after = Scores(Proportion(448, 450), Proportion(successes, 1000), None)
+    assert levels(report_data(after=after)) == ["alarm"] * alarms
+
+
+def test_a_repair_that_changed_nothing_is_an_alarm(tmp_path: Path) -> None:
+    page, numbers = written(tmp_path, report_data(kept="as received", stopped="round 1 lost too much"))
+    assert numbers["repair"]["changed"] is False
+    assert "The repair changed nothing" in page.text
+
+
+def test_attack_samples_that_do_not_attack_are_an_alarm() -> None:
+    before = Scores(Proportion(449, 450), Proportion(20, 990), None)
+    assert levels(report_data(before=before)) == ["alarm"]
+
+
+def test_a_guard_that_lets_the_attack_pass_is_an_alarm() -> None:
+    data = report_data()
+    assert levels(report_data(trojaned_entropies_bits=data.held_out_entropies_bits)) == ["alarm"]
+
+
+def small(held_out: list[float], trojaned: list[float]) -> dict[str, Any]:
+    """Return the numbers where each image has one entropy and the threshold is 1 bit."""
+    calibration = dataclasses.replace(report_data().calibration, threshold_bits=1.0)
+    return document(
+        report_data(
+            calibration=calibration,
+            overlays=report_data().overlays[:1],
+            calibration_entropies_bits=np.array([[2.0], [4.0]]),
+            held_out_entropies_bits=np.array(held_out)[:, None],
+            trojaned_entropies_bits=np.array(trojaned)[:, None],
+        )
+    )
+
+
+def test_rates_and_curves_by_hand() -> None:
+    numbers = small([1.0, 2.0, 3.0, 4.0], [0.5, 1.5, 2.0, 0.25])
+    assert (numbers["guard"]["frr"]["successes"], numbers["guard"]["far"]["successes"]) == (1, 2)
+    # Pairs in the right order: 4, 3, 2.5, 4 of 4.
+    assert numbers["guard"]["auroc"] == pytest.approx(13.5 / 16)
+    assert numbers["roc"] == {
+        "frr": [0.0, 0.0, 0.25, 0.25, 0.5, 1.0],
+        "detection_rate": [0.0, 0.5, 0.5, 0.75, 1.0, 1.0],
+    }
+    curve = numbers["thresholds"]
+    assert curve["frr"] == [sum(h <= at for h in (1, 2, 3, 4)) / 4 for at in curve["threshold_bits"]]
+    assert curve["far"] == [sum(h > at for h in (0.5, 1.5, 2, 0.25)) / 4 for at in curve["threshold_bits"]]
+    assert sum(numbers["histogram"]["held_out"]) == sum(numbers["histogram"]["trojaned"]) == 4
+
+
+def test_the_area_under_the_curve_is_the_auroc() -> None:
+    numbers = document(report_data())
+    area = trapezoid(numbers["roc"]["detection_rate"], numbers["roc"]["frr"])
+    assert area == pytest.approx(numbers["guard"]["auroc"])
+
+
+def test_an_entropy_that_is_not_finite_counts_as_rejected() -> None:
+    numbers = small([float("nan"), 2.0], [float("nan"), 3.0])
+    assert numbers["guard"]["frr"]["successes"] == 1
+    assert numbers["guard"]["far"]["successes"] == 1
+    assert sum(numbers["histogram"]["held_out"]) == 2
+    json.dumps(numbers, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.0, "0.0 %"), (0.0002, "0.02 %"), (0.05, "5.0 %"), (0.9998, "99.98 %"), (1.0, "100.0 %")],
+)
+def test_percentages_tell_few_from_none_and_most_from_all(share: float, text: str) -> None:
+    assert percent(share) == text
