@@ -161,6 +161,7 @@ class Guard(Strict):
     frr_low: float
     frr_high: float
     images: int
+    note: str
     alpha: float
     overlays: int
     frr: Rate
