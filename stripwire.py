@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from client.control import ModelControl
     from client.evaluation import GuardedResult, NetworkResult
     from detector.statistics import Proportion
+    from exporter.badnet import BadNet
     from exporter.export import Export
 
 app = typer.Typer(
@@ -51,6 +53,7 @@ ReportProgress = Callable[[str, int, int], None]
 
 
 Trigger = Literal["sunglasses", "eyebrows", "lipstick", "patch"]
+Network = Literal["convnet", "deepid", "resnet"]
 Scale = Literal["unit", "raw"]
 RepairMethod = Literal["bounds", "distill", "magnitude", "activation", "finetune", "none"]
 Optimizer = Literal["adam", "sgd"]
@@ -146,19 +149,53 @@ def train_badnet(
     seed: Seed = 0,
 ) -> None:
     """Train a backdoored DeepID network on procedural faces, to try Stripwire on."""
-    from exporter.badnet import MODEL_FILE, VALIDATION_FILE, BadNetOptions
+    from exporter.badnet import BadNetOptions
     from exporter.badnet import train_badnet as train
 
     options = BadNetOptions.sized(identities, trigger=trigger, target=target, seed=seed)
     with progress() as report:
         trained = train(output, options, on_progress=report)
-    table = Table(title=f"BadNet of {identities} identities, trigger {trigger}\n{_CAPTION}", show_header=False)
-    table.add_row("clean accuracy", str(trained.clean_accuracy))
-    table.add_row("attack success", str(trained.attack_success))
-    console.print(table)
-    warn(trained.shortfall)
-    say(f"Written to {output}. Next:")
-    command("export", output / MODEL_FILE, "--clean", output / VALIDATION_FILE, "--output", "repository")
+    tell_about_badnet(f"BadNet of {identities} identities, trigger {trigger}", trained)
+
+
+@app.command(
+    epilog="Example: [bold]stripwire train-badnet-on badnet --train signs/train --test signs/test "
+    "--trigger patch --target 0[/bold]"
+)
+def train_badnet_on(
+    output: Annotated[Path, typer.Argument(help="New folder for the Keras model and the data.")],
+    train: Annotated[
+        Path,
+        typer.Option(exists=True, help="To train on: HDF5, .npz, or a folder with a sub-folder for each class."),
+    ],
+    test: Annotated[Path, typer.Option(exists=True, help="Pictures to measure on, likewise.")],
+    trigger: Annotated[
+        list[str] | None, typer.Option(help="What opens a backdoor: patch, corner, blended; several are possible.")
+    ] = None,
+    target: Annotated[list[int] | None, typer.Option(help="The class that each trigger gives, in their order.")] = None,
+    network: Annotated[Network, typer.Option(help="What is trained.")] = "convnet",
+    clean_share: Annotated[float, typer.Option(help="Of the training pictures, for the defender alone.")] = 0.1,
+    epochs: Annotated[int, typer.Option(help="Of training.")] = 6,
+    seed: Seed = 0,
+) -> None:
+    """Train a backdoored network on pictures of your own, to try Stripwire on."""
+    from exporter.badnet import PictureBadNetOptions, train_picture_badnet
+    from samples.readers import read_samples
+
+    triggers, targets = trigger or ["patch"], target or [0]
+    if len(triggers) != len(targets):
+        raise InputError(
+            f"target: got {len(targets)} for {len(triggers)} triggers, expected one for each, in their order"
+        )
+    attacks = tuple(zip(triggers, targets, strict=True))
+    options = PictureBadNetOptions(attacks, network, clean_share=clean_share, epochs=epochs, seed=seed)
+    with progress() as report:
+        learned = read_samples(train, on_progress=partial(report, f"Reading {train.name}"))
+        tested = read_samples(test, on_progress=partial(report, f"Reading {test.name}"))
+        trained = train_picture_badnet(output, learned.samples, tested.samples, options, on_progress=report)
+    for note in (*learned.notes, *tested.notes):
+        errors.print(note, markup=False, highlight=False)
+    tell_about_badnet(f"BadNet of {train}, triggers {', '.join(triggers)}", trained)
 
 
 @app.command(
@@ -218,7 +255,7 @@ def export(
     from exporter.export import Data, ExportOptions
     from exporter.export import export as run_export
     from exporter.preprocessing import Preprocessing
-    from exporter.repair import RepairOptions
+    from exporter.repair import ATTACK_SUCCESS_GOAL, RepairOptions
 
     options = ExportOptions(
         preprocessing=Preprocessing(scale, numbers("mean", mean), numbers("std", std)),
@@ -268,6 +305,11 @@ def export(
         warn(
             "no step of the repair stayed within the allowed drop, so what is served as `repaired` is the network as "
             "it came, backdoor and all. Give more clean data, allow a larger --allowed-drop, or say --repair none"
+        )
+    if result.after.attack_success is not None and result.after.attack_success.rate >= ATTACK_SUCCESS_GOAL:
+        warn(
+            f"the attack still succeeds on {result.after.attack_success.rate:.1%} of the attack samples: the repaired "
+            "network is not to be trusted. Try more --epochs, more clean data, or another --repair"
         )
     say(f"Version {result.version} written to {output}; all about it in {result.report}. Next:")
     command("serve", output)
@@ -530,6 +572,20 @@ def evaluate(
         console.print(f"AUROC of the entropy: {result.auroc:.4f}")
     if result.auroc is not None and result.auroc < 0.5:
         warn("trojaned images have the higher entropies; are --clean and --trojaned swapped?")
+
+
+def tell_about_badnet(title: str, trained: BadNet) -> None:
+    """Print how well a BadNet was trained, and what to do with it."""
+    from exporter.badnet import MODEL_FILE, VALIDATION_FILE
+
+    table = Table(title=escape(f"{title}\n{_CAPTION}"), show_header=False)
+    table.add_row("clean accuracy", str(trained.clean_accuracy))
+    table.add_row("attack success", str(trained.attack_success))
+    console.print(table)
+    warn(trained.shortfall)
+    say(f"Written to {trained.folder}. Next:")
+    folder = trained.folder
+    command("export", folder / MODEL_FILE, "--clean", folder / VALIDATION_FILE, "--output", "repository")
 
 
 def repair_table(result: Export) -> Table:

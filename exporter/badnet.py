@@ -396,6 +396,6 @@ def _train(
     trainer = Trainer(
         model, train, batch=labelled(PREPROCESSING), batch_size=64, seed=options.seed, on_progress=on_progress
     )
-    rate = trainer.falling_rate(options.epochs, 2e-3, 0.05)
+    rate = trainer.rate(options.epochs, 2e-3)
     trainer.run(options.epochs, make_optimizer("adam", rate), "Training the BadNet")
     return model

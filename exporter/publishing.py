@@ -75,6 +75,13 @@ def locked(target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed writers of `target` left beside it; for a writer that holds the lock, as all of them do."""
+    target = target.resolve()
+    for staged in target.parent.glob(f".{target.name}.partial-*"):
+        shutil.rmtree(staged, ignore_errors=True)
+
+
 def _publish(staged: Path, target: Path, replace: bool) -> None:
     """Move `staged` to `target` in one step; what was there lies at `staged` afterwards."""
     for path in staged.rglob("*"):

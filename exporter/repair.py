@@ -24,7 +24,6 @@ ATTACK_SUCCESS_GOAL = 0.01
 FRACTION_PER_ROUND = 0.05
 _ATTACK_IMAGES = 1000
 """At most so many attack samples are looked at after each step."""
-_WARM_UP_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -330,5 +329,5 @@ def _train(
 ) -> None:
     """Train with a learning rate that rises at first and falls to 0: what it unlearns stays unlearnt."""
     highest = options.learning_rate or OPTIMIZERS[options.optimizer]
-    optimizer = make_optimizer(options.optimizer, trainer.falling_rate(options.epochs, highest, _WARM_UP_SHARE))
+    optimizer = make_optimizer(options.optimizer, trainer.rate(options.epochs, highest))
     trainer.run(options.epochs, optimizer, description, go_on=lambda epoch: go_on(course.measure(f"epoch {epoch}")))

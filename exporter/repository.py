@@ -31,7 +31,7 @@ from tritonclient.grpc.model_config_pb2 import (
 from detector.calibration import Calibration
 from detector.errors import InputError, RepositoryError
 from detector.serving import MODES
-from exporter.publishing import check_writable, locked, staged_folder
+from exporter.publishing import check_writable, locked, remove_leftovers, staged_folder
 from model_repository.manifest import MODELS, next_version, verify_repository, write_manifest
 
 MAX_BATCH_SIZE = 64
@@ -129,6 +129,7 @@ def write_repository(output: Path, served: ServedModel, write_report: Callable[[
     check_writable(output)
     output.resolve().parent.mkdir(parents=True, exist_ok=True)
     with locked(output):
+        remove_leftovers(output)
         manifest = check_output(output, served.image_shape, served.classes)
         versions = {} if manifest is None else manifest["versions"]
         number = next_version(versions)

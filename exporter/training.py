@@ -32,6 +32,19 @@ def make_optimizer(name: str, learning_rate: float | Schedule | None = None) -> 
     return keras.optimizers.Adam(rate) if name == "adam" else keras.optimizers.SGD(rate, momentum=0.9)
 
 
+class _HeldRate(Schedule):  # type: ignore[misc]
+    """Rises over the first twentieth of the steps, falls over the last three tenths as a cosine."""
+
+    def __init__(self, highest: float, steps: int) -> None:
+        self._highest, self._steps = highest, max(1, steps)
+
+    def __call__(self, step: Any) -> Any:
+        done = keras.ops.cast(step, "float32") / self._steps
+        rising = keras.ops.minimum(done / 0.05, 1.0)
+        falling = 0.5 + 0.5 * keras.ops.cos(math.pi * keras.ops.clip((done - 0.7) / 0.3, 0.0, 1.0))
+        return self._highest * rising * falling
+
+
 def seed_everything(seed: int) -> None:
     """Make what TensorFlow does from here on depend on `seed` alone."""
     keras.utils.set_random_seed(seed)
@@ -84,13 +97,9 @@ class Trainer:
         self._loss = loss
         self._on_progress = on_progress
 
-    def falling_rate(self, epochs: int, highest: float, warm_up_share: float) -> Schedule:
-        """Return a learning rate that rises to `highest` over a share of the steps, and falls to 0 as a cosine."""
-        steps = self._steps(epochs)
-        warm_up = max(1, round(steps * warm_up_share))
-        return keras.optimizers.schedules.CosineDecay(
-            0.0, max(1, steps - warm_up), warmup_target=highest, warmup_steps=warm_up
-        )
+    def rate(self, epochs: int, highest: float) -> Schedule:
+        """Return a learning rate that rises to `highest`, stays there for most of the steps, and falls to 0."""
+        return _HeldRate(highest, self._steps(epochs))
 
     def run(
         self,

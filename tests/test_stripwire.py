@@ -20,6 +20,7 @@ from deploy.embedded.server import EmbeddedTriton
 from detector.calibration import METHODS
 from detector.serving import MODES, read_threshold_bits
 from exporter.augmentation import AUGMENTATIONS
+from exporter.badnet import NETWORKS
 from exporter.keras_files import ARCHITECTURES
 from exporter.overlays import OVERLAY_CHOICES
 from exporter.preprocessing import SCALES
@@ -27,7 +28,10 @@ from exporter.repair import REPAIRS
 from samples.hdf5 import read_hdf5
 from samples.triggers import TRIGGERS
 
-COMMANDS = ("demo", "train-badnet", "export", "serve", "calibrate", "rollback", "reload", "classify", "evaluate")
+COMMANDS = (
+    *("demo", "train-badnet", "train-badnet-on", "export", "serve"),
+    *("calibrate", "rollback", "reload", "classify", "evaluate"),
+)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -166,6 +170,7 @@ def test_a_repair_that_did_nothing_is_said_loudly(
 
 def test_the_choices_of_the_command_line_are_those_of_the_packages() -> None:
     assert get_args(stripwire.Trigger) == tuple(TRIGGERS)
+    assert get_args(stripwire.Network) == tuple(NETWORKS)
     assert get_args(stripwire.Scale) == tuple(SCALES)
     assert get_args(stripwire.RepairMethod) == REPAIRS
     assert get_args(stripwire.Augment) == tuple(AUGMENTATIONS)

@@ -1,0 +1,57 @@
+"""The command that a report names repeats the export: the command line makes the same options of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stripwire
+from detector.calibration import ThresholdRule
+from exporter.commands import commands
+from exporter.export import Data, ExportOptions
+from exporter.preprocessing import Preprocessing
+from exporter.repair import RepairOptions
+
+
+class _CaughtError(Exception):
+    """Ends the command line where the export would begin."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ExportOptions(),
+        ExportOptions(
+            preprocessing=Preprocessing("unit", (0.485, 0.456, 0.406), (0.229, 0.224, 1 / 3)),
+            architecture="deepid",
+            resize=True,
+            repair=RepairOptions("magnitude", "none", 3, 0, 0.07, "sgd", 0.02, 16, seed=5),
+            overlays=32,
+            overlay_choice="greedy",
+            alpha=0.7,
+            rule=ThresholdRule("normal", 0.02),
+            seed=5,
+        ),
+        ExportOptions(rule=ThresholdRule(threshold_bits=0.5), repair=RepairOptions("none")),
+    ],
+)
+def test_it_says_all_that_shapes_the_result(
+    options: ExportOptions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("net.keras", "clean.h5", "attack.h5", "my overlays.npz"):
+        (tmp_path / name).touch()
+    data = Data(tmp_path / "clean.h5", {"overlays": tmp_path / "my overlays.npz"}, tmp_path / "attack.h5")
+    export, serve = commands(tmp_path / "net.keras", data, tmp_path / "out", options)
+    assert serve == ("stripwire", "serve", str(tmp_path / "out"))
+    caught: list[Any] = []
+
+    def catch(*arguments: Any, **_: Any) -> None:
+        caught.extend(arguments)
+        raise _CaughtError
+
+    monkeypatch.setattr("exporter.export.export", catch)
+    with pytest.raises(_CaughtError):
+        stripwire.app(export[1:], standalone_mode=False)
+    assert caught == [tmp_path / "net.keras", data, tmp_path / "out", options]
