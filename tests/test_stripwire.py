@@ -160,7 +160,18 @@ def test_the_demo_replaces_nothing_but_an_earlier_demo(
 def test_a_repair_that_did_nothing_is_said_loudly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], badnet: Path, tmp_path: Path
 ) -> None:
-    options = ("--allowed-drop", "0", "--max-rounds", "1", "--epochs", "1", "--learning-rate", "0.9")
+    options = (
+        "--repair",
+        "magnitude",
+        "--allowed-drop",
+        "0",
+        "--max-rounds",
+        "1",
+        "--epochs",
+        "1",
+        "--learning-rate",
+        "0.9",
+    )
     files = (badnet / "bd_net.keras", "--clean", badnet / "clean_validation_data.h5", "--output", tmp_path / "[r]")
     assert run(monkeypatch, "export", *files, *options) == 0
     said = capsys.readouterr()
