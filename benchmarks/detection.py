@@ -225,7 +225,7 @@ def _strip(material: Material, images: int, report: Report) -> list[dict[str, An
             trojaned = entropies(_some(part, images))
             for count in (count for count in OVERLAYS if count <= len(overlays)):
                 means = [matrix[:, :count].mean(axis=1) for matrix in (calibration, clean, trojaned)]
-                area = auroc(means[1], means[2])
+                area = auroc(-means[1], -means[2])
                 row = {"alpha": alpha, "overlays": count, "trigger": trigger, "auroc": area}
                 rows.append(row | {f"at_{target:g}": _errors(means, target) for target in TARGETS})
     return rows

@@ -321,7 +321,7 @@ def _prune_dormant_channels(course: _Course, clean: Samples, preprocessing: Prep
         if not course.within_budget(course.measure(f"{count} of {channels} channels pruned")):
             break
     course.restore()
-    course.stopped = f"{course.kept.name}: one step more lost too much clean accuracy"
+    course.stopped = f"{course.kept.name}, as many as accuracy allows"
 
 
 def _train(

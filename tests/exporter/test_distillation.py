@@ -61,7 +61,9 @@ def test_a_backdoor_goes_and_the_people_stay(badnet: Path) -> None:
 def test_what_never_comes_within_the_budget_is_not_kept(badnet: Path) -> None:
     clean = read_hdf5(badnet / "clean_validation_data.h5").take(np.arange(60) * 8)
     model = load_model(badnet / "bd_net.keras")
-    options = RepairOptions(method="distill", epochs=1, allowed_drop=0.0, learning_rate=0.5)
+    options = RepairOptions(
+        method="distill", epochs=1, allowed_drop=0.0, optimizer="sgd", learning_rate=0.9, batch_size=2
+    )
     repair = repair_network(model, clean, clean, preprocessing=UNIT, options=options)
     assert repair.steps[-1].clean_accuracy < 0.9
     assert repair.kept in ("as received", "bounded")

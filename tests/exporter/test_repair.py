@@ -83,16 +83,17 @@ def test_dormant_channels_are_pruned_while_accuracy_allows_it_and_stay_silent(
     faces: tuple[keras.Model, Samples, Samples, Samples],
 ) -> None:
     model, clean, validation, _ = faces
-    options = RepairOptions(method="activation", epochs=1, allowed_drop=0.05)
+    options = RepairOptions(method="activation", epochs=1, allowed_drop=0.01)
     repair = repair_network(model, clean, validation, preprocessing=Preprocessing(), options=options)
     names = [step.name for step in repair.steps]
     assert names[:3] == ["as received", "4 of 80 channels pruned", "8 of 80 channels pruned"]
     assert names[-1] == "epoch 1"
     pruned = [step for step in repair.steps if step.name.endswith("pruned")]
-    assert pruned[-1].clean_accuracy < repair.steps[0].clean_accuracy - 0.05
-    assert all(step.clean_accuracy >= repair.steps[0].clean_accuracy - 0.05 for step in pruned[:-1])
+    within = [step for step in pruned if step.clean_accuracy >= repair.steps[0].clean_accuracy - options.allowed_drop]
+    assert within == pruned[: len(within)]
+    assert len(pruned) - len(within) <= 1
     kernel = repair.model.get_layer("conv_4").kernel.numpy()
-    assert np.count_nonzero(np.abs(kernel).max(axis=(0, 1, 2)) == 0) == 4 * (len(pruned) - 1)
+    assert np.count_nonzero(np.abs(kernel).max(axis=(0, 1, 2)) == 0) == 4 * len(within)
 
 
 def test_it_keeps_the_last_network_inside_the_budget(faces: tuple[keras.Model, Samples, Samples, Samples]) -> None:
@@ -143,7 +144,7 @@ def test_a_network_without_convolutions_is_refused() -> None:
     dense = keras.Sequential([keras.Input((8, 7, 3)), keras.layers.Flatten(), keras.layers.Dense(2, "softmax")])
     some = Samples(np.zeros((3, 8, 7, 3), np.uint8), np.zeros(3, np.int64))
     with pytest.raises(InputError, match="without a convolution"):
-        repair_network(dense, some, some, preprocessing=Preprocessing(), options=RepairOptions())
+        repair_network(dense, some, some, preprocessing=Preprocessing(), options=RepairOptions(method="magnitude"))
 
 
 @pytest.mark.parametrize(
