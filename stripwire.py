@@ -45,7 +45,7 @@ errors = Console(stderr=True)
 
 _CAPTION = "share of images, its 95 % interval, and how many images"
 _PART = "Data for the {} alone, instead of a share of --clean."
-_DEMO_TITLE = f"A BadNet, fine-pruned as published, with occlusion augmentation, and guarded\n{_CAPTION}"
+_DEMO_TITLE = f"A BadNet, fine-pruned as published, repaired by distillation, and guarded\n{_CAPTION}"
 
 _STEPS_SHOWN = 12
 
@@ -125,11 +125,11 @@ def demo(
     with progress() as report:
         result = run_demo(output, identities=identities, trigger=trigger, seed=seed, on_progress=report)
     networks = {
-        "original": result.occluded.original,
+        "original": result.distilled.original,
         "as published": result.published.repaired,
-        "with occlusion": result.occluded.repaired,
+        "distilled": result.distilled.repaired,
     }
-    console.print(rates_table(_DEMO_TITLE, networks, result.occluded.guarded))
+    console.print(rates_table(_DEMO_TITLE, networks, result.distilled.guarded))
     warn(result.shortfall)
     say(f"Pictures and numbers are in {result.output}: faces.png, entropies.png, results.json.")
     console.print(

@@ -39,7 +39,7 @@ class Demo:
 
     Attributes:
         published: the network fine-pruned without augmentation, as in the source report.
-        occluded: the network fine-pruned with occlusion augmentation.
+        distilled: the network repaired as `export` does unless told otherwise.
         output: folder of pictures and numbers.
         repository: model repository of the latter network.
         clean_test: the clean images measured on, HDF5.
@@ -48,7 +48,7 @@ class Demo:
     """
 
     published: Evaluation
-    occluded: Evaluation
+    distilled: Evaluation
     output: Path
     repository: Path
     clean_test: Path
@@ -91,12 +91,12 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
                 on_progress=on_progress,
             )
             evaluations[name] = _serve_and_evaluate(repository, clean, trojaned, on_progress)
-        published, occluded = evaluations["as_published"], evaluations["repository"]
+        published, distilled = evaluations["as_published"], evaluations["repository"]
         threshold_bits = exports["repository"].calibration.threshold_bits
         with np.load(staged / "repository" / "strip_perturb" / "1" / "overlays.npz") as stored:
             overlays, alpha = stored["overlays"], float(stored["alpha"])
         draw_faces(clean, trojaned, overlays, alpha).savefig(staged / "faces.png", dpi=100)
-        draw_entropies(occluded, threshold_bits).savefig(staged / "entropies.png", dpi=100)
+        draw_entropies(distilled, threshold_bits).savefig(staged / "entropies.png", dpi=100)
         _write_images(staged / "images", clean, trojaned)
         results = {
             "made_by": _MADE_BY,
@@ -104,11 +104,11 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
             "trigger": trigger,
             "seed": seed,
             "as_published": published.to_json(),
-            "occlusion": occluded.to_json(),
+            "distilled": distilled.to_json(),
             "repair": {name: result.repair.to_json() for name, result in exports.items()},
         }
         (staged / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return Demo(published, occluded, output, output / "repository", clean_test, trojaned_test, trained.shortfall)
+    return Demo(published, distilled, output, output / "repository", clean_test, trojaned_test, trained.shortfall)
 
 
 def _check_output(output: Path) -> None:

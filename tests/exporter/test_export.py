@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+from PIL import Image
 
 from detector.calibration import ThresholdRule
 from detector.errors import CalibrationError, DataError, InputError, ModelRefusedError
@@ -18,6 +20,7 @@ from exporter.repair import RepairOptions
 from exporter.splits import split_clean
 from model_repository.manifest import sha256_of, verify_repository
 from samples.hdf5 import read_hdf5, write_hdf5
+from samples.readers import read_samples
 from samples.types import Samples
 
 NO_REPAIR = RepairOptions(method="none")
@@ -122,3 +125,70 @@ def test_a_missing_model_file_is_named(tmp_path: Path, badnet: Path) -> None:
 def test_an_option_that_makes_no_sense_is_named(option: str, value: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         ExportOptions(**{option: value})
+
+
+def test_every_version_has_its_report(repository: Path) -> None:
+    folder = repository / "guarded" / "1"
+    numbers = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert numbers["version"] == "1"
+    assert numbers["repair"]["steps"][0]["name"] == "as received"
+    assert {part["name"]: part["images"] for part in numbers["parts"]} == {
+        "overlays": 10,
+        "calibration": 94,
+        "validation": 70,
+        "repair": 306,
+    }
+    assert sum(numbers["histogram"]["calibration"]) == 94
+    assert numbers["commands"][0][:2] == ["stripwire", "export"]
+    assert numbers["networks"]["original"]["attack_success"] is None
+    assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_parts_may_be_given_in_any_form_and_attack_samples_are_measured(badnet: Path, tmp_path: Path) -> None:
+    clean = read_hdf5(badnet / "clean_validation_data.h5")
+    np.savez(tmp_path / "overlays.npz", images=clean.images[:12], labels=clean.labels[:12])
+    for index in range(12, 60):
+        folder = tmp_path / "calibration" / f"{clean.labels[index]:05d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(clean.images[index]).save(folder / f"{index}.png")
+    data = Data(
+        badnet / "clean_test_data.h5",
+        {"overlays": tmp_path / "overlays.npz", "calibration": tmp_path / "calibration"},
+        badnet / "sunglasses_poisoned_data.h5",
+    )
+    options = ExportOptions(repair=RepairOptions(method="bounds", allowed_drop=0.9), overlays=12)
+    result = export(badnet / "bd_net.keras", data, tmp_path / "out", options)
+    assert result.split_sizes["overlays"] == 12
+    assert result.split_sizes["calibration"] == 48
+    assert result.before.attack_success is not None
+    assert result.before.attack_success.rate > 0.9
+    assert result.after.recovered_accuracy is not None
+    inputs = result.provenance["inputs"]
+    assert inputs["overlays"]["images_sha256"] == read_samples(tmp_path / "overlays.npz").samples.sha256()
+    assert "sha256" not in inputs["calibration"]
+    with np.load(tmp_path / "out" / "strip_perturb" / "1" / "overlays.npz") as stored:
+        assert {image.tobytes() for image in stored["overlays"]} == {image.tobytes() for image in clean.images[:12]}
+
+
+def test_greedy_overlays_come_from_a_pool_and_raise_the_lowest_entropies(badnet: Path, tmp_path: Path) -> None:
+    thresholds = {}
+    for choice in ("random", "greedy"):
+        options = ExportOptions(repair=NO_REPAIR, overlays=5, overlay_choice=choice)
+        data = Data(badnet / "clean_validation_data.h5")
+        result = export(badnet / "bd_net.keras", data, tmp_path / choice, options)
+        thresholds[choice] = result.calibration.threshold_bits
+        assert result.split_sizes["overlays"] == (5 if choice == "random" else 48)
+        with np.load(tmp_path / choice / "strip_perturb" / "1" / "overlays.npz") as stored:
+            assert len({image.tobytes() for image in stored["overlays"]}) == 5
+    assert thresholds["greedy"] > thresholds["random"]
+
+
+def test_an_unknown_part_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="part: got 'test', expected one of overlays, calibration, validation, repair"):
+        Data(None, {"test": tmp_path})
+
+
+def test_with_no_data_for_a_part_what_is_missing_is_named(badnet: Path, tmp_path: Path) -> None:
+    data = Data(None, {"calibration": badnet / "clean_validation_data.h5", "validation": badnet / "clean_test_data.h5"})
+    with pytest.raises(InputError, match="clean data: got none, expected some to draw from: overlays"):
+        export(badnet / "bd_net.keras", data, tmp_path / "out", ExportOptions(repair=NO_REPAIR))

@@ -14,7 +14,7 @@ from model_repository.manifest import verify_repository
 
 # Stops itself where the danger is greatest: between the files of a repository and their manifest, or in the repair.
 SCRIPT = """
-import os, sys
+import os, signal, sys
 import exporter
 from exporter import repair, repository
 from exporter.export import Data, ExportOptions, export
@@ -22,6 +22,9 @@ from exporter.repair import RepairOptions
 from pathlib import Path
 
 badnet, output, place, number = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+
+# Ignored where the tests themselves run in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def stop(*_, **__):
     os.kill(os.getpid(), number)

@@ -78,7 +78,8 @@ def test_dormant_channels_go_first_become_silent_and_come_back(build: type) -> N
 
 
 def test_a_network_without_convolutions_is_refused() -> None:
-    pruning = Pruning(keras.Sequential([keras.Input((8, 7, 3)), layers.Flatten(), layers.Dense(2)]))
+    dense = keras.Sequential([keras.Input((8, 7, 3)), layers.Flatten(), layers.Dense(2)])
+    pruning = Pruning(keras.Model(dense.inputs, dense.outputs[0]))
     with pytest.raises(InputError, match="without a convolution, expected one to prune; use --repair"):
         pruning.by_magnitude(0.1)
     with pytest.raises(InputError, match="without a convolution"):

@@ -62,7 +62,8 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupt_leaves_no_half_written_folder(tmp_path: Path, stop: signal.Signals) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from exporter.publishing import staged_folder\n"
+        "import signal, sys, time; from pathlib import Path; from exporter.publishing import staged_folder\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
         "with staged_folder(Path(sys.argv[1])) as staged:\n"
         "    (staged / 'file').touch(); print('writing', flush=True); time.sleep(60)"
     )

@@ -104,7 +104,7 @@ def test_a_greedy_choice_beats_the_random_one_on_the_images_it_was_made_on(expor
     best = calibrate(measure_entropies(session, images[parts.selection], chosen, alpha), 0.1).threshold_bits
     generator = np.random.default_rng(0)
     random = [calibrate(matrix[:, generator.choice(len(pool), 4, replace=False)].mean(axis=1), 0.1) for _ in range(50)]
-    assert best > max(calibration.threshold_bits for calibration in random)
+    assert best > np.quantile([calibration.threshold_bits for calibration in random], 0.75)
     activate(exported, "1")
     assert recalibrate(exported, new_data, greedy).version == "3"
     np.testing.assert_array_equal(read_overlays(exported / "strip_perturb" / "3")[0], chosen)  # by the seed alone
