@@ -493,7 +493,7 @@ def reload(
 @app.command(epilog="Example: [bold]stripwire classify face.png --url 127.0.0.1:8001 --resize[/bold]")
 def classify(
     files: Annotated[
-        list[Path], typer.Argument(exists=True, dir_okay=False, help="Images: png, jpg, bmp, webp, npy or HDF5.")
+        list[Path], typer.Argument(exists=True, dir_okay=False, help="Images: png, jpg, bmp, ppm, webp, npy or HDF5.")
     ],
     url: Url = "127.0.0.1:8001",
     resize: Annotated[bool, typer.Option("--resize", help="Resize images to what the model takes.")] = False,
@@ -535,12 +535,13 @@ def classify(
 def evaluate(
     clean: Annotated[
         Path,
-        typer.Option(exists=True, dir_okay=False, help="Clean labelled images, HDF5; none that the export has seen."),
+        typer.Option(exists=True, help="Clean labelled images, as for export; none that the export has seen."),
     ],
     trojaned: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Trojaned images, HDF5; `label` is the attacker's class."),
+        typer.Option(exists=True, help="Trojaned images, likewise; their label is the attacker's class."),
     ] = None,
+    resize: Annotated[bool, typer.Option("--resize", help="Resize images to what the model takes.")] = False,
     url: Url = "127.0.0.1:8001",
     as_json: AsJson = False,
     timeout: Timeout = 30.0,
@@ -552,11 +553,12 @@ def evaluate(
 ) -> None:
     """Measure accuracy, attack success, FAR and FRR through the server, with 95 % intervals."""
     from client.evaluation import evaluate as run_evaluation
-    from samples.hdf5 import read_hdf5
+    from samples.readers import read_samples
 
     with progress() as report, connect(url, timeout, token, tls, tls_ca, tls_key, tls_cert) as client:
-        clean_samples = read_hdf5(clean)
-        trojaned_samples = None if trojaned is None else read_hdf5(trojaned)
+        read = partial(read_samples, image_shape=client.metadata().image_shape, resize=resize)
+        clean_samples = read(clean).samples
+        trojaned_samples = None if trojaned is None else read(trojaned).samples
         result = run_evaluation(
             client,
             clean_samples,
