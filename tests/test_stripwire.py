@@ -98,13 +98,12 @@ def test_evaluate_prints_rates_with_intervals_and_sample_sizes(
 def test_a_mistake_ends_in_one_message_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "broken.h5").write_bytes(b"\x89HDF\r\n\x1a\nbroken")
     text = tmp_path / "text.h5"
     text.write_text("no model")
     cases: dict[tuple[str, ...], str] = {
         ("serve", str(tmp_path), "--http-port=0", "--grpc-port=0", "--metrics-port=0"): "has no manifest.json",
         ("export", str(text), "--clean", str(text), "--output", str(tmp_path / "out")): "text.h5",
-        ("evaluate", "--clean", str(tmp_path / "broken.h5")): "cannot be read as HDF5",
+        ("evaluate", "--clean", str(text), "--url", "127.0.0.1:9", "--timeout", "0.5"): "127.0.0.1:9",
         ("classify", str(text), "--url", "127.0.0.1:9", "--timeout", "0.5"): "127.0.0.1:9",
         ("classify", str(text), "--timeout", "-1"): "timeout_seconds: got -1",
         ("train-badnet", str(tmp_path)): "exists and is not empty",
