@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from client.api import GuardedClient
     from client.control import ModelControl
     from client.evaluation import GuardedResult, NetworkResult
+    from detector.calibration import Calibration
     from detector.statistics import Proportion
     from exporter.badnet import BadNet
     from exporter.export import Export
@@ -47,6 +49,8 @@ _CAPTION = "share of images, its 95 % interval, and how many images"
 _PART = "Data for the {} alone, instead of a share of --clean."
 _DEMO_TITLE = f"A BadNet, fine-pruned as published, repaired by distillation, and guarded\n{_CAPTION}"
 
+ALONE = "the repair changed nothing, so there is no second opinion: STRIP decides alone, as with --detector strip"
+
 _STEPS_SHOWN = 12
 
 ReportProgress = Callable[[str, int, int], None]
@@ -57,6 +61,7 @@ Network = Literal["convnet", "deepid", "resnet"]
 Scale = Literal["unit", "raw"]
 RepairMethod = Literal["bounds", "distill", "magnitude", "activation", "finetune", "none"]
 Optimizer = Literal["adam", "sgd"]
+Detector = Literal["strip", "consensus"]
 Augment = Literal["occlusion", "none"]
 Mode = Literal["block", "shadow"]
 CalibrationMethod = Literal["quantile", "normal", "fixed"]
@@ -240,6 +245,7 @@ def export(
     overlays: Annotated[int, typer.Option(help="Perturbations that STRIP makes of an input.")] = 10,
     overlay_choice: Annotated[OverlayChoice, typer.Option(help="Chance, or the best of a pool.")] = "random",
     alpha: Annotated[float, typer.Option(help="Weight of the input in the blend; the overlay gets the rest.")] = 0.5,
+    detector: Annotated[Detector, typer.Option(help="STRIP alone, or joined by the repaired network.")] = "strip",
     calibration_method: Annotated[
         CalibrationMethod | None, typer.Option(help="Order statistic, fitted normal distribution, or as given.")
     ] = None,
@@ -275,7 +281,7 @@ def export(
         overlays=overlays,
         overlay_choice=overlay_choice,
         alpha=alpha,
-        rule=ThresholdRule(calibration_method, target_frr, threshold_bits),
+        rule=ThresholdRule(calibration_method, target_frr, threshold_bits, detector),
         seed=seed,
     )
     given = {
@@ -298,9 +304,11 @@ def export(
     console.print(scores_table(result))
     calibration = result.calibration
     console.print(
-        f"Threshold {calibration.threshold_bits:.4f} bits from {calibration.images} clean images: further clean inputs "
-        f"are rejected at {calibration.frr_low:.1%} to {calibration.frr_high:.1%} (95 %)."
+        f"Threshold {thresholds(calibration)} from {calibration.images} clean images: further clean inputs are "
+        f"rejected at {calibration.frr_low:.1%} to {calibration.frr_high:.1%} (95 %)."
     )
+    if calibration.detector != detector:
+        warn(ALONE)
     if repair != "none" and not result.repair.changed:
         warn(
             "no step of the repair stayed within the allowed drop, so what is served as `repaired` is the network as "
@@ -368,6 +376,10 @@ def calibrate(
         Path, typer.Option(exists=True, help="New clean images: HDF5, npz or a folder; labels are not used.")
     ],
     resize: Annotated[bool, typer.Option("--resize", help="Resize images to what the network takes.")] = False,
+    detector: Annotated[
+        Detector | None,
+        typer.Option(help="STRIP alone, or joined by the repaired network.", show_default="as it is"),
+    ] = None,
     target_frr: Annotated[float, typer.Option(help="Share of clean inputs that may be rejected, 0..1.")] = 0.05,
     threshold_bits: Annotated[
         float | None, typer.Option(help="Entropy threshold to use as it is, instead of --target-frr.")
@@ -407,9 +419,9 @@ def calibrate(
     from detector.calibration import ThresholdRule
     from exporter.recalibration import RecalibrationOptions, recalibrate
 
-    rule = ThresholdRule(calibration_method, target_frr, threshold_bits)
     options = RecalibrationOptions(
-        rule=rule,
+        rule=ThresholdRule(calibration_method, target_frr, threshold_bits),
+        detector=detector,
         overlays=overlays,
         alpha=alpha,
         overlay_choice=overlay_choice,
@@ -429,10 +441,12 @@ def calibrate(
         return
     calibration = result.calibration
     console.print(
-        f"Threshold {result.base_threshold_bits:.4f} -> {calibration.threshold_bits:.4f} bits; of {calibration.images} "
-        f"clean images it rejects {calibration.calibration_frr:.1%}, and of further ones {calibration.frr_low:.1%} to "
+        f"Threshold {result.base_threshold_bits:.4f} -> {thresholds(calibration)}; of {calibration.images} clean "
+        f"images it rejects {calibration.calibration_frr:.1%}, and of further ones {calibration.frr_low:.1%} to "
         f"{calibration.frr_high:.1%} (95 %)."
     )
+    if detector is not None and calibration.detector != detector:
+        warn(ALONE)
     warn(calibration.note or None)
     say(f"Version {result.version}, written to {repository}, is active in place of {result.base}.")
     tell_how_to_switch(repository, served)
@@ -515,17 +529,14 @@ def classify(
     for note in loaded.notes:
         errors.print(note, markup=False, highlight=False)
     if as_json:
-        rows = [
-            {"name": name, "label": verdict.label, "trojaned": verdict.trojaned, "entropy_bits": verdict.entropy_bits}
-            for name, verdict in zip(loaded.names, verdicts, strict=True)
-        ]
+        rows = [{"name": name, **asdict(verdict)} for name, verdict in zip(loaded.names, verdicts, strict=True)]
         print_json(rows)
         return
-    table = Table(Column("image", overflow="fold"), "label", "verdict", "entropy (bits)")
+    table = Table(Column("image", overflow="fold"), "label", "verdict", "entropy (bits)", "p-value")
     for name, verdict in zip(loaded.names, verdicts, strict=True):
         shown = "[red]trojaned[/red]" if verdict.trojaned else "[green]accepted[/green]"
         label = "blocked" if verdict.label == about.classes else str(verdict.label)
-        table.add_row(escape(name), label, shown, f"{verdict.entropy_bits:.3f}")
+        table.add_row(escape(name), label, shown, f"{verdict.entropy_bits:.3f}", f"{verdict.p_value:.2g}")
     console.print(table)
 
 
@@ -571,9 +582,15 @@ def evaluate(
     networks = {"original": result.original, "repaired": result.repaired}
     console.print(rates_table(escape(f"Through {url}\n{_CAPTION}"), networks, result.guarded))
     if result.auroc is not None:
-        console.print(f"AUROC of the entropy: {result.auroc:.4f}")
+        console.print(f"AUROC of the entropy: {result.auroc:.4f}; of the p-value: {result.auroc_of_p_value:.4f}")
     if result.auroc is not None and result.auroc < 0.5:
         warn("trojaned images have the higher entropies; are --clean and --trojaned swapped?")
+
+
+def thresholds(calibration: Calibration) -> str:
+    """Say what is rejected at or beyond."""
+    nll = "" if calibration.threshold_nll is None else f", or an nll of {calibration.threshold_nll:.4f} nats,"
+    return f"{calibration.threshold_bits:.4f} bits{nll}"
 
 
 def tell_about_badnet(title: str, trained: BadNet) -> None:

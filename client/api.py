@@ -137,11 +137,13 @@ class Verdict:
         label: class of the repaired network, or M (one past the last) when the server blocks a trojaned image.
         trojaned: whether the image is taken to carry a trigger.
         entropy_bits: STRIP's mean entropy; low is suspicious.
+        p_value: how often a clean image looks at least as suspicious to the detector, 0..1.
     """
 
     label: int
     trojaned: bool
     entropy_bits: float
+    p_value: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +154,7 @@ class Verdicts:
         labels: (B,), int32: class of the repaired network, or M when the server blocks a trojaned image.
         trojaned: (B,), bool.
         entropy_bits: (B,), float32.
+        p_values: (B,), float32, 0..1.
         probabilities: (B, M), float32, of the repaired network; None unless asked for.
         classes: M.
     """
@@ -159,6 +162,7 @@ class Verdicts:
     labels: NDArray[np.int32]
     trojaned: NDArray[np.bool_]
     entropy_bits: NDArray[np.float32]
+    p_values: NDArray[np.float32]
     probabilities: NDArray[np.float32] | None
     classes: int
 
@@ -166,7 +170,8 @@ class Verdicts:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Verdict:
-        return Verdict(int(self.labels[index]), bool(self.trojaned[index]), float(self.entropy_bits[index]))
+        entropy_bits, p_value = float(self.entropy_bits[index]), float(self.p_values[index])
+        return Verdict(int(self.labels[index]), bool(self.trojaned[index]), entropy_bits, p_value)
 
     def __iter__(self) -> Iterator[Verdict]:
         return (self[index] for index in range(len(self)))
@@ -314,11 +319,13 @@ class GuardedClient:
             _Output("label", np.int32, (1,)),
             _Output("trojaned", np.bool_, (1,)),
             _Output("entropy", np.float32, (1,)),
+            _Output("p_value", np.float32, (1,)),
         ]
         if probabilities:
             outputs.append(_Output("probabilities", np.float32, (about.classes,)))
-        label, trojaned, entropy, *rest = self._infer(about, images, _image_input, outputs, on_progress)
-        return Verdicts(label[:, 0], trojaned[:, 0], entropy[:, 0], rest[0] if rest else None, about.classes)
+        label, trojaned, entropy, p_value, *rest = self._infer(about, images, _image_input, outputs, on_progress)
+        columns = (column[:, 0] for column in (label, trojaned, entropy, p_value))
+        return Verdicts(*columns, rest[0] if rest else None, about.classes)
 
     def original_probabilities(
         self, images: NDArray[np.uint8], *, on_progress: OnProgress | None = None

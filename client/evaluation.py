@@ -91,6 +91,7 @@ class Evaluation:
         repaired: the repaired network, verdicts left aside.
         guarded: the repaired network behind the verdicts.
         auroc: how well low entropy tells trojaned from clean, 0..1; None without trojaned images.
+        auroc_of_p_value: how well a low p-value does.
         clean_entropies_bits: (count,), float32, in the order of the clean samples.
         trojaned_entropies_bits: (count,), float32, in the order of the trojaned samples; None without them.
         classes: M.
@@ -100,6 +101,7 @@ class Evaluation:
     repaired: NetworkResult
     guarded: GuardedResult
     auroc: float | None
+    auroc_of_p_value: float | None
     clean_entropies_bits: NDArray[np.float32]
     trojaned_entropies_bits: NDArray[np.float32] | None
     classes: int
@@ -117,6 +119,7 @@ class Evaluation:
             for part, result in (("original", self.original), ("repaired", self.repaired), ("guarded", self.guarded))
         }
         written["auroc"] = self.auroc
+        written["auroc_of_p_value"] = self.auroc_of_p_value
         written["classes"] = self.classes
         if entropies:
             trojaned = self.trojaned_entropies_bits
@@ -215,6 +218,9 @@ def evaluate(
         repaired=network_result(clean_repaired, clean, trojaned_repaired, trojaned),
         guarded=guarded_result(clean_verdicts, clean, trojaned_verdicts, trojaned),
         auroc=None if entropies is None else auroc(_suspicion(clean_verdicts.entropy_bits), _suspicion(entropies)),
+        auroc_of_p_value=(
+            None if trojaned_verdicts is None else auroc(-clean_verdicts.p_values, -trojaned_verdicts.p_values)
+        ),
         clean_entropies_bits=clean_verdicts.entropy_bits,
         trojaned_entropies_bits=entropies,
         classes=classes,

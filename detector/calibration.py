@@ -1,17 +1,23 @@
-"""Choosing the entropy threshold from clean images alone."""
+"""Choosing the thresholds from clean images alone."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from detector.conformal import DETECTORS, Floats, Regions, peel
+from detector.consensus import is_disputed
 from detector.errors import CalibrationError, InputError
 from detector.statistics import Proportion, frr_range
+from detector.strip import is_trojaned
+
+STRIP_SHARE = 0.5
+"""STRIP's share of the false rejections that the consensus detector may make; see docs/detection.md."""
 
 METHODS = ("quantile", "normal", "fixed")
 """How a threshold comes about: an order statistic, a fitted normal distribution, or as given."""
@@ -24,10 +30,12 @@ _ONLY_IF_NORMAL = (
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold and what clean images say about it.
+    """Thresholds and what clean images say about them.
 
     Attributes:
+        detector: one of `DETECTORS`.
         threshold_bits: inputs whose entropy is at or under it are rejected.
+        threshold_nll: inputs whose nll, in nats, is at or over it are rejected as well; None for the detector `strip`.
         method: one of `METHODS`.
         target_frr: the false rejection rate asked for, 0..1; None when the threshold was given.
         calibration_frr: share of the calibration images that the threshold rejects. For `quantile` it is chosen on
@@ -36,26 +44,47 @@ class Calibration:
         frr_high: upper end of it.
         images: how many clean images the statement rests on.
         note: what to know before relying on it; empty where the range is all there is to say.
+        regions: what p-values are read off, whatever the method.
     """
 
+    detector: str
     threshold_bits: float
+    threshold_nll: float | None
     method: str
     target_frr: float | None
     calibration_frr: float
     frr_low: float
     frr_high: float
     images: int
+    regions: Regions = field(compare=False, repr=False)
     note: str = ""
+
+    def rejects(self, entropies_bits: Floats, nlls: Floats | None = None) -> NDArray[np.bool_]:
+        """Return the verdicts on inputs, (batch,): what `detector.serving` says of the same scores.
+
+        Args:
+            entropies_bits: (batch,).
+            nlls: (batch,), in nats; not looked at by the detector `strip`.
+        """
+        rejected = is_trojaned(entropies_bits, self.threshold_bits)
+        if self.threshold_nll is not None:
+            rejected = rejected | is_disputed(nlls, self.threshold_nll)
+        return np.asarray(rejected)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all but the regions, as plain values."""
+        return {name: value for name, value in vars(self).items() if name != "regions"}
 
 
 @dataclass(frozen=True)
 class ThresholdRule:
-    """How to choose the threshold.
+    """How to choose the thresholds.
 
     Attributes:
         method: one of `METHODS`; None is `fixed` with a threshold and `quantile` without.
         target_frr: false rejection rate to aim at, 0 < target_frr < 1; not used by `fixed`.
         threshold_bits: the threshold of `fixed`, in bits.
+        detector: one of `DETECTORS`; `consensus` goes with `quantile` alone.
 
     Raises:
         InputError: a value makes no sense, or does not go with the method.
@@ -64,6 +93,7 @@ class ThresholdRule:
     method: str | None = None
     target_frr: float = 0.05
     threshold_bits: float | None = None
+    detector: str = "strip"
 
     def __post_init__(self) -> None:
         check_target_frr(self.target_frr)
@@ -76,58 +106,80 @@ class ThresholdRule:
                 f"calibration method: got {self.method} with threshold {self.threshold_bits}, expected a threshold "
                 "with fixed and with no other method"
             )
+        if self.detector not in DETECTORS:
+            raise InputError(f"detector: got {self.detector!r}, expected one of {', '.join(DETECTORS)}")
+        if self.detector == "consensus" and not self._by_order:
+            raise InputError(
+                f"detector: got consensus with calibration method {self.method or 'fixed'}, expected quantile, which "
+                "alone keeps a false rejection rate that two thresholds share"
+            )
+
+    @property
+    def _by_order(self) -> bool:
+        return self.method != "normal" and self.threshold_bits is None
 
     @property
     def least_images(self) -> int:
         """How many clean calibration images it needs at least."""
-        by_order = self.method != "normal" and self.threshold_bits is None
-        return least_images(self.target_frr) if by_order else 2
+        return least_images(self.target_frr, self.detector) if self._by_order else 2
 
-    def threshold_of(self, entropies: NDArray[np.floating[Any]]) -> Calibration:
-        """Choose the threshold on clean calibration entropies, (images,), in bits; see the function of each method."""
+    def calibrate(self, entropies_bits: Floats, nlls: Floats | None = None) -> Calibration:
+        """Choose the thresholds on clean calibration images; see the function of each method.
+
+        Args:
+            entropies_bits: of the images, (images,).
+            nlls: of the images, (images,), in nats, for the detector `consensus`. None, where the repair changed
+                nothing, leaves all of the false rejection rate to STRIP: a network always agrees with itself.
+        """
         if self.threshold_bits is not None:
-            return fixed_threshold(entropies, self.threshold_bits)
-        choose = normal_threshold if self.method == "normal" else calibrate
-        return choose(entropies, self.target_frr)
+            return fixed_threshold(entropies_bits, self.threshold_bits)
+        if self.method == "normal":
+            return normal_threshold(entropies_bits, self.target_frr)
+        return calibrate(entropies_bits, self.target_frr, nlls if self.detector == "consensus" else None)
 
 
-def calibrate(entropies: NDArray[np.floating[Any]], target_frr: float) -> Calibration:
-    """Choose the threshold whose false rejection rate is at most `target_frr` on average.
+def calibrate(entropies_bits: Floats, target_frr: float, nlls: Floats | None = None) -> Calibration:
+    """Choose thresholds whose false rejection rate is at most `target_frr` on average.
 
-    With n exchangeable clean entropies, the k-th smallest of them rejects a further clean input (`H <= threshold`) with
-    probability k / (n + 1) on average over calibration samples, and with a Beta(k, n + 1 - k) distributed one given
-    this sample. k is the largest rank that keeps k / (n + 1) <= target_frr. (The order statistic of split conformal
-    prediction; Vovk et al., "Algorithmic Learning in a Random World", 2005.)
+    They bound the largest of the regions of `detector.conformal` whose p-value is at most `target_frr`. With k images
+    of n in it, further clean inputs are rejected at a rate of k / (n + 1) on average over calibration samples, and
+    Beta(k, n + 1 - k) distributed given this sample. Without nlls this is the order statistic of split conformal
+    prediction. With them, `STRIP_SHARE` of the k images are rejected by entropy, and the others by nll: whatever the
+    nll is worth, STRIP keeps its share.
 
     Args:
-        entropies: of clean calibration images, (images,), in bits.
+        entropies_bits: of clean calibration images, (images,).
         target_frr: false rejection rate to aim at, 0 < target_frr < 1.
+        nlls: of the same images, (images,), in nats, for the detector `consensus`.
 
     Raises:
         InputError: `target_frr` is outside (0, 1).
-        CalibrationError: too few images for the target, or an entropy that is not finite.
+        CalibrationError: too few images for the target, or a score that is not finite.
     """
     check_target_frr(target_frr)
-    _check_finite(entropies)
-    count = len(entropies)
+    detector = DETECTORS[nlls is not None]
+    regions = peel(entropies_bits, nlls, 1.0 if nlls is None else STRIP_SHARE)
+    count = len(entropies_bits)
     rank = quantile_rank(target_frr, count)
-    if rank < 1:
-        needed = least_images(target_frr)
+    needed = least_images(target_frr, detector)
+    if count < needed:
         raise CalibrationError(
             f"target FRR: got {target_frr:g} with {count} clean calibration images, expected at least {needed} images "
-            "for it; give more clean images, or a higher target FRR"
+            f"for it with the detector {detector}; give more clean images, or a higher target FRR"
         )
-    ordered = np.sort(entropies)
-    threshold = float(ordered[rank - 1])
-    rejected = int(np.count_nonzero(entropies <= threshold))
-    if rejected / (count + 1) > target_frr:  # ties at the threshold: every one of them would be rejected
+    threshold_bits, nll = float(regions.entropies_bits[rank - 1]), float(regions.nlls[rank - 1])
+    rejected = round(regions.p_values[rank - 1] * (count + 1))
+    if rejected / (count + 1) > target_frr:  # ties at a threshold: every one of them would be rejected
+        at = f"an entropy of at most {threshold_bits:.6g} bits" + ("" if nlls is None else f", or an nll of {nll:.6g}")
         raise CalibrationError(
-            f"target FRR: {rejected} of {count} calibration images have an entropy of at most {threshold:.6g} bits, so "
-            f"no threshold can reject as few as {target_frr:.1%}; the network answers alike whatever is blended in. "
-            "Choose another --alpha or more overlays"
+            f"target FRR: {rejected} of {count} calibration images have {at}, so no threshold can reject as few as "
+            f"{target_frr:.1%}; the network answers alike whatever is blended in. Choose another --alpha or more "
+            "overlays"
         )
     low, high = frr_range(rank, count)
-    return Calibration(threshold, "quantile", target_frr, rejected / count, low, high, count)
+    threshold_nll = None if nlls is None else nll
+    frr = rejected / count
+    return Calibration(detector, threshold_bits, threshold_nll, "quantile", target_frr, frr, low, high, count, regions)
 
 
 def quantile_rank(target_frr: float, count: int) -> int:
@@ -135,12 +187,12 @@ def quantile_rank(target_frr: float, count: int) -> int:
     return math.floor(target_frr * (count + 1) + 1e-9)
 
 
-def least_images(target_frr: float) -> int:
-    """Return how many clean calibration images the order statistic needs for a target FRR."""
-    return math.ceil(1 / target_frr - 1 - 1e-9)
+def least_images(target_frr: float, detector: str = "strip") -> int:
+    """Return how many clean calibration images a target FRR needs: of `consensus`, each threshold has to reject one."""
+    return math.ceil((2 if detector == "consensus" else 1) / target_frr - 1 - 1e-9)
 
 
-def normal_threshold(entropies: NDArray[np.floating[Any]], target_frr: float) -> Calibration:
+def normal_threshold(entropies: Floats, target_frr: float) -> Calibration:
     """Choose the threshold as STRIP's authors do: the quantile of a normal distribution fitted to clean entropies.
 
     `mean + z * standard deviation`, with z the standard normal's quantile at the target FRR and the maximum-likelihood
@@ -157,7 +209,7 @@ def normal_threshold(entropies: NDArray[np.floating[Any]], target_frr: float) ->
             most zero, which would accept everything.
     """
     check_target_frr(target_frr)
-    _check_finite(entropies)
+    regions = peel(entropies)
     mean, deviation = float(np.mean(entropies, dtype=np.float64)), float(np.std(entropies, dtype=np.float64))
     if deviation == 0.0:
         raise CalibrationError(
@@ -172,10 +224,12 @@ def normal_threshold(entropies: NDArray[np.floating[Any]], target_frr: float) ->
             "entropy is lower, so every input would be accepted. Use the method quantile, or a higher target FRR"
         )
     frr = _rejected_by(threshold, entropies)
-    return Calibration(threshold, "normal", target_frr, frr.rate, frr.low, frr.high, frr.count, _ONLY_IF_NORMAL)
+    return Calibration(
+        "strip", threshold, None, "normal", target_frr, frr.rate, frr.low, frr.high, frr.count, regions, _ONLY_IF_NORMAL
+    )
 
 
-def fixed_threshold(entropies: NDArray[np.floating[Any]], threshold_bits: float) -> Calibration:
+def fixed_threshold(entropies: Floats, threshold_bits: float) -> Calibration:
     """Return what clean images say about a threshold that was given.
 
     Args:
@@ -187,9 +241,10 @@ def fixed_threshold(entropies: NDArray[np.floating[Any]], threshold_bits: float)
         CalibrationError: there are no entropies, or one is not finite.
     """
     check_threshold(threshold_bits)
-    _check_finite(entropies)
+    regions = peel(entropies)
     frr = _rejected_by(threshold_bits, entropies)
-    return Calibration(float(threshold_bits), "fixed", None, frr.rate, frr.low, frr.high, frr.count)
+    bits = float(threshold_bits)
+    return Calibration("strip", bits, None, "fixed", None, frr.rate, frr.low, frr.high, frr.count, regions)
 
 
 def check_target_frr(target_frr: float) -> None:
@@ -206,16 +261,5 @@ def check_threshold(threshold_bits: float) -> None:
         raise InputError(f"threshold: got {threshold_bits} bits, expected a finite number of at least 0")
 
 
-def _rejected_by(threshold_bits: float, entropies: NDArray[np.floating[Any]]) -> Proportion:
+def _rejected_by(threshold_bits: float, entropies: Floats) -> Proportion:
     return Proportion(int(np.count_nonzero(entropies <= threshold_bits)), len(entropies))
-
-
-def _check_finite(entropies: NDArray[np.floating[Any]]) -> None:
-    if len(entropies) == 0:
-        raise CalibrationError("calibration: got no clean images, expected at least one")
-    broken = int(np.count_nonzero(~np.isfinite(entropies)))
-    if broken:
-        raise CalibrationError(
-            f"calibration: {broken} of {len(entropies)} clean images have an entropy that is not finite, expected "
-            "none; the sentinel network does not return probabilities for them"
-        )

@@ -15,10 +15,22 @@ from typing import Any
 
 import numpy as np
 
+from detector.conformal import DETECTORS, Regions
+from detector.consensus import is_disputed, negative_log_likelihood
 from detector.errors import RepositoryError, SetupError
-from detector.strip import Array, entropy_bits, guarded_labels, is_trojaned, perturb, weighted_overlays
+from detector.strip import (
+    Array,
+    entropy_bits,
+    guarded_labels,
+    is_trojaned,
+    perturb,
+    plain_first,
+    weighted_overlays,
+)
 
 MODES = ("block", "shadow")
+
+REGION_FIELDS = ("entropies_bits", "nlls", "p_values")
 
 CONTROL_KEY = "stripwire-control"
 """What the secret is called without which a server loads no model."""
@@ -91,58 +103,84 @@ def perturb_stage(args: dict[str, str], pb_utils: Any) -> Stage:
 
     Args:
         args: what Triton passes to `initialize`. The version folder holds `overlays.npz`: `overlays`, (perturbations,
-            height, width, channels) uint8, and `alpha`.
+            height, width, channels) uint8, and `alpha`; and `detector.json`, see `read_detector`: `consensus` wants
+            the image as it came before its perturbations.
         pb_utils: Triton's `triton_python_backend_utils`.
 
     Raises:
-        RepositoryError: the overlays are missing or malformed; Triton then refuses to load the model.
+        RepositoryError: a file is missing or malformed; Triton then refuses to load the model.
     """
     xp = _array_namespace(args)
     overlays, alpha = read_overlays(_version_folder(args))
-    weighted = xp.asarray(weighted_overlays(overlays, alpha))
-    return Stage(pb_utils, ["image"], ["perturbations"], lambda images: [perturb(images, weighted, alpha, xp=xp)], xp)
+    weighted, weights = xp.asarray(weighted_overlays(overlays, alpha)), alpha
+    if read_detector(_version_folder(args)) == "consensus":
+        weighted, weights = plain_first(weighted, alpha, xp=xp)
+    return Stage(pb_utils, ["image"], ["perturbations"], lambda images: [perturb(images, weighted, weights, xp=xp)], xp)
 
 
 def entropy_stage(args: dict[str, str], pb_utils: Any) -> Stage:
-    """Return the stage of `strip_entropy`: `sentinel_probabilities` to `sentinel_entropy`."""
+    """Return the stage of `strip_entropy`: `sentinel_probabilities` to `sentinel_entropy` and `sentinel_label`.
+
+    The label is the sentinel's of the image as it came, which only `consensus` asks for; otherwise it is -1.
+
+    Args:
+        args: what Triton passes to `initialize`. The version folder holds `detector.json`, see `read_detector`.
+        pb_utils: Triton's `triton_python_backend_utils`.
+
+    Raises:
+        RepositoryError: the file is missing or malformed; Triton then refuses to load the model.
+    """
     xp = _array_namespace(args)
+    with_plain = read_detector(_version_folder(args)) == "consensus"
 
     def compute(probabilities: Array) -> list[Array]:
-        return [entropy_bits(probabilities, xp=xp)[:, None]]
+        if with_plain:
+            plain, probabilities = probabilities[:, 0], probabilities[:, 1:]
+            labels = xp.asarray(xp.argmax(plain, axis=-1), dtype=xp.int32)
+        else:
+            labels = xp.full(probabilities.shape[0], -1, dtype=xp.int32)
+        return [entropy_bits(probabilities, xp=xp)[:, None], labels[:, None]]
 
-    return Stage(pb_utils, ["sentinel_probabilities"], ["sentinel_entropy"], compute, xp)
+    return Stage(pb_utils, ["sentinel_probabilities"], ["sentinel_entropy", "sentinel_label"], compute, xp)
 
 
 def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
-    """Return the stage of `strip_verdict`: `sentinel_entropy` and `repaired_probabilities` to all public outputs.
+    """Return the stage of `strip_verdict`: entropy, sentinel's label and repaired probabilities to all public outputs.
 
     It hands the entropy and the probabilities on under their public names: a tensor of an ensemble that is public and
     read by another step is lost to that step when the caller does not ask for it. Its tensors are tiny, so it runs on
     the CPU wherever the other models run.
 
     Args:
-        args: what Triton passes to `initialize`. The version folder holds `calibration.json` with `threshold_bits`; the
-            config's parameter `mode` is `block` or `shadow`.
+        args: what Triton passes to `initialize`. The version folder holds `calibration.json` with `threshold_bits` and
+            `threshold_nll`, and `regions.npz`, see `read_regions`; the config's parameter `mode` is `block` or
+            `shadow`.
         pb_utils: Triton's `triton_python_backend_utils`.
 
     Raises:
         RepositoryError: no usable calibration or mode; Triton then refuses to load the model.
     """
-    threshold_bits = read_threshold_bits(_version_folder(args))
+    threshold_bits, threshold_nll = read_thresholds(_version_folder(args))
+    regions = read_regions(_version_folder(args))
     parameters = json.loads(args["model_config"])["parameters"]
     mode = parameters.get("mode", {}).get("string_value")
     if mode not in MODES:
         raise RepositoryError(f"{args['model_name']}: parameter mode is {mode!r}, expected one of {', '.join(MODES)}")
 
-    def compute(entropy: Array, probabilities: Array) -> list[Array]:
-        trojaned = is_trojaned(entropy[:, 0], threshold_bits)
+    def compute(entropy: Array, sentinel_label: Array, probabilities: Array) -> list[Array]:
+        bits, nll = entropy[:, 0], None
+        trojaned = is_trojaned(bits, threshold_bits)
+        if threshold_nll is not None:
+            nll = negative_log_likelihood(probabilities, sentinel_label[:, 0])
+            trojaned = trojaned | is_disputed(nll, threshold_nll)
         # A label read off broken probabilities means nothing: reject the input.
         trojaned = trojaned | ~np.all(np.isfinite(probabilities), axis=-1)
         labels = guarded_labels(probabilities, trojaned, block=mode == "block")
-        return [labels[:, None], trojaned[:, None], entropy, probabilities]
+        p_value = regions.p_value(bits, nll)
+        return [labels[:, None], trojaned[:, None], entropy, p_value[:, None], probabilities]
 
-    inputs = ["sentinel_entropy", "repaired_probabilities"]
-    return Stage(pb_utils, inputs, ["label", "trojaned", "entropy", "probabilities"], compute)
+    inputs = ["sentinel_entropy", "sentinel_label", "repaired_probabilities"]
+    return Stage(pb_utils, inputs, ["label", "trojaned", "entropy", "p_value", "probabilities"], compute)
 
 
 def read_overlays(folder: Path) -> tuple[Array, float]:
@@ -161,20 +199,58 @@ def read_overlays(folder: Path) -> tuple[Array, float]:
     return overlays, alpha
 
 
-def read_threshold_bits(folder: Path) -> float:
-    """Return the threshold in a version folder of `strip_verdict`, in bits.
+def read_detector(folder: Path) -> str:
+    """Return which detector a version folder of `strip_perturb` or `strip_entropy` serves, one of `DETECTORS`.
 
     Raises:
         RepositoryError: it is missing or malformed.
     """
+    path = folder / "detector.json"
+    try:
+        detector = json.loads(path.read_text(encoding="utf-8"))["detector"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise RepositoryError(f"{path}: names no detector ({error!r}); export the model again") from error
+    if detector not in DETECTORS:
+        raise RepositoryError(f"{path}: detector is {detector!r}, expected one of {', '.join(DETECTORS)}")
+    return str(detector)
+
+
+def read_thresholds(folder: Path) -> tuple[float, float | None]:
+    """Return the thresholds in a version folder of `strip_verdict`: of the entropy, in bits, and of the nll, in nats.
+
+    The latter is None for the detector `strip`.
+
+    Raises:
+        RepositoryError: they are missing or malformed.
+    """
     path = folder / "calibration.json"
     try:
-        threshold_bits = float(json.loads(path.read_text(encoding="utf-8"))["threshold_bits"])
+        calibration = json.loads(path.read_text(encoding="utf-8"))
+        threshold_bits, nll = float(calibration["threshold_bits"]), calibration["threshold_nll"]
+        threshold_nll = None if nll is None else float(nll)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise RepositoryError(f"{path}: no usable calibration ({error!r}); export the model again") from error
-    if not (np.isfinite(threshold_bits) and threshold_bits >= 0):
-        raise RepositoryError(f"{path}: threshold_bits is {threshold_bits}, expected a finite number of at least 0")
-    return threshold_bits
+    for name, value in (("threshold_bits", threshold_bits), ("threshold_nll", threshold_nll)):
+        if value is not None and not (np.isfinite(value) and value >= 0):
+            raise RepositoryError(f"{path}: {name} is {value}, expected a finite number of at least 0")
+    return threshold_bits, threshold_nll
+
+
+def read_regions(folder: Path) -> Regions:
+    """Return the rejection regions in a version folder of `strip_verdict`, of which `regions.npz` holds the fields.
+
+    Raises:
+        RepositoryError: they are missing or malformed.
+    """
+    path = folder / "regions.npz"
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            regions = Regions(*(np.asarray(stored[name], np.float64) for name in REGION_FIELDS))
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise RepositoryError(f"{path}: cannot be used for p-values ({error}); export the model again") from error
+    if not regions.is_whole():
+        raise RepositoryError(f"{path}: the regions are not nested; export the model again")
+    return regions
 
 
 def _version_folder(args: dict[str, str]) -> Path:

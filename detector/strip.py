@@ -51,7 +51,24 @@ def check_alpha(alpha: float) -> None:
         )
 
 
-def perturb(images: Array, weighted: Array, alpha: float, *, xp: ModuleType = np) -> Array:
+def plain_first(weighted: Array, alpha: float, *, xp: ModuleType = np) -> tuple[Array, Array]:
+    """Put before the perturbations one that is the input as it came: its overlay weighs nothing.
+
+    Args:
+        weighted: what `weighted_overlays` returned for `alpha`, (perturbations, height, width, channels).
+        alpha: weight of the input image in the others.
+        xp: the array namespace of `weighted`.
+
+    Returns:
+        Overlays and weights of the input for `perturb`: (1 + perturbations, height, width, channels) and
+        (1 + perturbations,), both float32.
+    """
+    weights = xp.full((1 + weighted.shape[0],), alpha, dtype=xp.float32)
+    weights[0] = 1.0
+    return xp.concatenate([xp.zeros_like(weighted[:1]), weighted], axis=0), weights
+
+
+def perturb(images: Array, weighted: Array, alpha: float | Array, *, xp: ModuleType = np) -> Array:
     """Blend every image with every overlay: `alpha * image + (1 - alpha) * overlay`.
 
     Neither rounded nor clipped: both weights are positive and sum to one, so the blend stays within 0..255, and it
@@ -60,14 +77,18 @@ def perturb(images: Array, weighted: Array, alpha: float, *, xp: ModuleType = np
     Args:
         images: (batch, height, width, channels), uint8, 0..255.
         weighted: what `weighted_overlays` returned for the same `alpha`, (perturbations, height, width, channels).
-        alpha: weight of the image.
-        xp: the array namespace of both.
+        alpha: weight of the image, or of the image in each perturbation, (perturbations,), float32.
+        xp: the array namespace of all.
 
     Returns:
         (batch, perturbations, height, width, channels), float32, 0..255.
     """
-    share = xp.asarray(images, dtype=xp.float32) * alpha
-    return share[:, None, ...] + weighted[None, ...]
+    pixels = xp.asarray(images, dtype=xp.float32)
+    if isinstance(alpha, float):
+        return (pixels * alpha)[:, None, ...] + weighted[None, ...]
+    perturbations = pixels[:, None, ...] * alpha[None, :, None, None, None]
+    perturbations += weighted[None, ...]
+    return perturbations
 
 
 def entropy_bits(probabilities: Array, *, xp: ModuleType = np) -> Array:

@@ -32,6 +32,7 @@ def commands(model: Path, data: Data, output: Path, options: ExportOptions) -> t
         "overlays": options.overlays,
         "overlay-choice": options.overlay_choice,
         "alpha": options.alpha,
+        "detector": rule.detector,
         "calibration-method": rule.method,
         "target-frr": rule.target_frr,
         "threshold-bits": rule.threshold_bits,

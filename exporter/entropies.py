@@ -1,4 +1,4 @@
-"""STRIP's entropies, measured with the sentinel's ONNX graph as the server measures them. Needs no TensorFlow."""
+"""What the detectors look at, measured with the ONNX graphs as the server measures it. Needs no TensorFlow."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from detector.consensus import negative_log_likelihood
 from detector.strip import entropy_bits, perturb, weighted_overlays
 
 OnProgress = Callable[[str, int, int], None]
@@ -69,6 +70,31 @@ def entropy_matrix(
 
     measured = _measure(session, images, overlays, alpha, one_by_one, description, on_progress)
     return np.concatenate([np.empty((0, len(overlays)), dtype=np.float32), *measured])
+
+
+def measure_nlls(
+    sentinel: onnxruntime.InferenceSession,
+    repaired: onnxruntime.InferenceSession,
+    images: NDArray[np.uint8],
+    on_progress: OnProgress | None = None,
+) -> NDArray[np.float32]:
+    """Return how little the repaired network believes the sentinel's label of each image, (images,), in nats.
+
+    Args:
+        sentinel: session on the sentinel's graph.
+        repaired: session on the repaired network's graph.
+        images: (images, height, width, channels), uint8.
+        on_progress: told about every batch.
+    """
+    measured = [np.empty(0, dtype=np.float32)]
+    for start in range(0, len(images), _MAX_BATCH):
+        batch = images[start : start + _MAX_BATCH]
+        (seen,) = sentinel.run(None, {"perturbations": batch[:, None].astype(np.float32)})
+        (believed,) = repaired.run(None, {"image": batch})
+        measured.append(negative_log_likelihood(believed, seen[:, 0].argmax(axis=-1)))
+        if on_progress is not None:
+            on_progress("Asking both networks", start + len(batch), len(images))
+    return np.concatenate(measured)
 
 
 def _measure(

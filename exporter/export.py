@@ -22,7 +22,7 @@ from detector.strip import check_alpha
 from exporter.classifier import with_probabilities
 from exporter.commands import commands
 from exporter.convert import check_parity, repaired_graph, sentinel_graph, to_onnx
-from exporter.entropies import entropy_matrix, open_graph
+from exporter.entropies import entropy_matrix, measure_nlls, open_graph
 from exporter.inputs import InputReader
 from exporter.keras_files import load_model
 from exporter.overlays import OVERLAY_CHOICES, choose_greedily
@@ -175,7 +175,7 @@ def export(
         return entropy_matrix(session, samples.images, overlays, options.alpha, on_progress, description)
 
     entropies = entropies_of(split.calibration, "Calibrating STRIP")
-    calibration = options.rule.threshold_of(entropies.mean(axis=1))
+    calibration = options.rule.calibrate(entropies.mean(axis=1))  # fails, if at all, before the repair
 
     repair = repair_network(
         model,
@@ -189,6 +189,14 @@ def export(
     repaired = repaired_graph(to_onnx(repair.model), preprocessing)
     parity["repaired"] = check_parity(repair.model, repaired, parity_images, preprocessing, "repaired network")
 
+    repaired_session = open_graph(repaired.SerializeToString())
+
+    def nlls_of(samples: Samples) -> NDArray[np.float32]:
+        return measure_nlls(session, repaired_session, samples.images, on_progress)
+
+    if options.rule.detector == "consensus" and repair.changed:
+        calibration = options.rule.calibrate(entropies.mean(axis=1), nlls_of(split.calibration))
+
     before, after = (_scores(network, split.validation, attack, preprocessing) for network in (model, repair.model))
     inputs = {"model": model_path, "clean": data.clean, "attack": data.attack, **data.parts}
     provenance = {
@@ -199,7 +207,7 @@ def export(
         "split": split.to_json(),
         "scores": {"before": before.to_json(), "after": after.to_json()},
         "repair": repair.to_json(),
-        "calibration": asdict(calibration),
+        "calibration": calibration.to_json(),
         "parity_max_difference": parity,
         "versions": _versions(),
     }
@@ -218,6 +226,7 @@ def export(
         calibration=calibration,
         calibration_entropies_bits=entropies,
         entropies_of=entropies_of,
+        nlls_of=nlls_of,
         commands=commands(model_path, data, output, options),
         provenance=provenance,
     )

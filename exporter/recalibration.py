@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from detector.calibration import Calibration, ThresholdRule
 from detector.errors import CalibrationError, InputError
-from detector.serving import read_overlays, read_threshold_bits
+from detector.serving import read_detector, read_overlays, read_thresholds
 from detector.strip import check_alpha
-from exporter.entropies import OnProgress, entropy_matrix, measure_entropies, open_graph
+from exporter.entropies import OnProgress, entropy_matrix, measure_entropies, measure_nlls, open_graph
 from exporter.inputs import InputReader
 from exporter.overlays import OVERLAY_CHOICES, choose_greedily
 from exporter.publishing import check_writable
@@ -35,7 +35,8 @@ class RecalibrationOptions:
     """How to calibrate again.
 
     Attributes:
-        rule: how to choose the threshold.
+        rule: how to choose the thresholds; `detector` stands over its detector.
+        detector: one of `detector.conformal.DETECTORS`; None for what it is.
         overlays: how many overlays to take from the new images; None for as many as there are.
         alpha: weight of the input in the blend; None for what it is.
         overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
@@ -45,6 +46,7 @@ class RecalibrationOptions:
     """
 
     rule: ThresholdRule = field(default_factory=ThresholdRule)
+    detector: str | None = None
     overlays: int | None = None
     alpha: float | None = None
     overlay_choice: str = "random"
@@ -122,6 +124,8 @@ def recalibrate(
     check_writable(repository)
     manifest = verify_repository(repository)
     base = manifest["active"]
+    detector = options.detector or manifest["versions"][base]["calibration"]["detector"]
+    options = replace(options, rule=replace(options.rule, detector=detector))
     models, contract = manifest["versions"][base]["models"], manifest["versions"][base]["contract"]
     height, width, channels = contract["image_shape"]
     reader = InputReader((height, width, channels), None, resize=options.resize, on_progress=on_progress)
@@ -145,7 +149,11 @@ def recalibrate(
         else:
             overlays = candidates
     entropies = measure_entropies(session, images[parts.calibration], overlays, alpha, on_progress)
-    calibration = options.rule.threshold_of(entropies)
+    nlls = None
+    if detector == "consensus" and manifest["versions"][str(models["repaired"])]["repair"]["changed"]:
+        repaired = open_graph(folders["repaired"] / "model.onnx")
+        nlls = measure_nlls(session, repaired, images[parts.calibration], on_progress)
+    calibration = options.rule.calibrate(entropies, nlls)
 
     provenance = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -155,13 +163,14 @@ def recalibrate(
         "split": {
             name: {"images": len(part), "sha256": samples.take(part).sha256()} for name, part in vars(parts).items()
         },
-        "calibration": asdict(calibration),
+        "calibration": calibration.to_json(),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("stripwire", "numpy", "onnxruntime")},
     }
-    changed = Recalibrated(calibration, None if options.keep_overlays else overlays, alpha, provenance)
+    as_before = options.keep_overlays and calibration.detector == read_detector(folders["strip_perturb"])
+    changed = Recalibrated(calibration, None if as_before else overlays, alpha, provenance)
     number = write_recalibration(repository, base, changed)
-    base_threshold_bits = read_threshold_bits(folders["strip_verdict"])
+    base_threshold_bits, _ = read_thresholds(folders["strip_verdict"])
     notes = tuple(reader.notes)
     return Recalibration(repository, number, base, base_threshold_bits, calibration, notes, provenance)
 

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tritonclient.grpc.model_config_pb2 import (
 
 from detector.calibration import Calibration
 from detector.errors import InputError, RepositoryError
-from detector.serving import MODES
+from detector.serving import MODES, REGION_FIELDS, read_detector
 from exporter.publishing import check_writable, locked, remove_leftovers, staged_folder
 from model_repository.manifest import MODELS, next_version, verify_repository, write_manifest
 
@@ -75,8 +75,8 @@ class Recalibrated:
 
     Attributes:
         calibration: the new threshold and what it rests on.
-        overlays: new overlays, (perturbations, height, width, channels), uint8; None keeps those of the version,
-            their `alpha` with them.
+        overlays: for STRIP, (perturbations, height, width, channels), uint8; None where neither they nor the detector
+            changes.
         alpha: weight of the input in the blend, which goes with `overlays`.
         provenance: what the manifest says about where this version came from.
     """
@@ -141,7 +141,8 @@ def write_repository(output: Path, served: ServedModel, write_report: Callable[[
         }
         with _replaced(output, versions, number) as staged:
             _write_networks(staged, number, served)
-            _write_overlays(staged, number, served.overlays, served.alpha)
+            _write_overlays(staged, number, served.overlays, served.alpha, served.calibration)
+            _write_entropy(staged, number, served.calibration)
             _write_calibration(staged, number, served.calibration)
             _write_ensemble(staged, number)
             if write_report is not None:
@@ -170,7 +171,12 @@ def write_recalibration(repository: Path, base: str, changed: Recalibrated) -> s
                 "nothing was written, run it again"
             )
         number = next_version(versions)
-        renewed = ["guarded", "strip_verdict"] + ([] if changed.overlays is None else ["strip_perturb"])
+        renewed = ["guarded", "strip_verdict"]
+        if changed.overlays is not None:
+            renewed.append("strip_perturb")
+        entropy = repository / "strip_entropy" / str(versions[base]["models"]["strip_entropy"])
+        if read_detector(entropy) != changed.calibration.detector:
+            renewed.append("strip_entropy")
         versions[number] = {
             "contract": versions[base]["contract"],
             "models": versions[base]["models"] | dict.fromkeys(renewed, int(number)),
@@ -179,7 +185,9 @@ def write_recalibration(repository: Path, base: str, changed: Recalibrated) -> s
         }
         with _replaced(repository, versions, number) as staged:
             if changed.overlays is not None:
-                _write_overlays(staged, number, changed.overlays, changed.alpha)
+                _write_overlays(staged, number, changed.overlays, changed.alpha, changed.calibration)
+            if "strip_entropy" in renewed:
+                _write_entropy(staged, number, changed.calibration)
             _write_calibration(staged, number, changed.calibration)
             _write_ensemble(staged, number)
     return number
@@ -258,21 +266,24 @@ def model_configs(image_shape: tuple[int, ...], classes: int, models: Mapping[st
     perturbations = ("perturbations", TYPE_FP32, [-1, *image_shape])
     sentinel_probabilities = ("sentinel_probabilities", TYPE_FP32, [-1, classes])
     sentinel_entropy = ("sentinel_entropy", TYPE_FP32, [1])
+    sentinel_label = ("sentinel_label", TYPE_INT32, [1])
     repaired_probabilities = ("repaired_probabilities", TYPE_FP32, [classes])
     entropy = ("entropy", TYPE_FP32, [1])
     probabilities = ("probabilities", TYPE_FP32, [classes])
     label = ("label", TYPE_INT32, [1])
     trojaned = ("trojaned", TYPE_BOOL, [1])
+    p_value = ("p_value", TYPE_FP32, [1])
 
-    public = [label, trojaned, entropy, probabilities]
+    public = [label, trojaned, entropy, p_value, probabilities]
+    opinions = [sentinel_entropy, sentinel_label, repaired_probabilities]
 
     guarded = _config("guarded", [image], public, platform="ensemble")
     steps = (
         ("strip_perturb", ["image"], ["perturbations"]),
         ("badnet", ["perturbations"], ["sentinel_probabilities"]),
-        ("strip_entropy", ["sentinel_probabilities"], ["sentinel_entropy"]),
+        ("strip_entropy", ["sentinel_probabilities"], ["sentinel_entropy", "sentinel_label"]),
         ("repaired", ["image"], ["repaired_probabilities"]),
-        ("strip_verdict", ["sentinel_entropy", "repaired_probabilities"], [name for name, _, _ in public]),
+        ("strip_verdict", [name for name, _, _ in opinions], [name for name, _, _ in public]),
     )
     for name, inputs, outputs in steps:
         # A tensor has the same name in every model that reads or writes it.
@@ -284,15 +295,13 @@ def model_configs(image_shape: tuple[int, ...], classes: int, models: Mapping[st
                 output_map={tensor: tensor for tensor in outputs},
             )
         )
-    verdict = _config(
-        "strip_verdict", [sentinel_entropy, repaired_probabilities], public, backend="python", image_sized=False
-    )
+    verdict = _config("strip_verdict", opinions, public, backend="python", image_sized=False)
     verdict.parameters["mode"].CopyFrom(ModelParameter(string_value="block"))
     configs = [
         guarded,
         _config("strip_perturb", [image], [perturbations], backend="python"),
         _config("badnet", [perturbations], [sentinel_probabilities], platform="onnxruntime_onnx"),
-        _config("strip_entropy", [sentinel_probabilities], [sentinel_entropy], backend="python"),
+        _config("strip_entropy", [sentinel_probabilities], [sentinel_entropy, sentinel_label], backend="python"),
         _config("repaired", [image], [repaired_probabilities], platform="onnxruntime_onnx"),
         verdict,
     ]
@@ -335,16 +344,28 @@ def _config(
 def _write_networks(repository: Path, version: str, served: ServedModel) -> None:
     for name, graph in (("badnet", served.badnet), ("repaired", served.repaired)):
         onnx.save(graph, _version_folder(repository, name, version) / "model.onnx")
-    _python_version(repository, "strip_entropy", version)
 
 
-def _write_overlays(repository: Path, version: str, overlays: NDArray[np.uint8], alpha: float) -> None:
-    np.savez(_python_version(repository, "strip_perturb", version) / "overlays.npz", overlays=overlays, alpha=alpha)
+def _write_overlays(
+    repository: Path, version: str, overlays: NDArray[np.uint8], alpha: float, calibration: Calibration
+) -> None:
+    folder = _python_version(repository, "strip_perturb", version)
+    np.savez(folder / "overlays.npz", overlays=overlays, alpha=alpha)
+    _write_detector(folder, calibration)
+
+
+def _write_entropy(repository: Path, version: str, calibration: Calibration) -> None:
+    _write_detector(_python_version(repository, "strip_entropy", version), calibration)
+
+
+def _write_detector(folder: Path, calibration: Calibration) -> None:
+    _write_text(folder / "detector.json", json.dumps({"detector": calibration.detector}) + "\n")
 
 
 def _write_calibration(repository: Path, version: str, calibration: Calibration) -> None:
     folder = _python_version(repository, "strip_verdict", version)
-    _write_text(folder / "calibration.json", json.dumps(asdict(calibration), indent=2) + "\n")
+    _write_text(folder / "calibration.json", json.dumps(calibration.to_json(), indent=2) + "\n")
+    np.savez(folder / "regions.npz", **{name: getattr(calibration.regions, name) for name in REGION_FIELDS})
 
 
 def _write_ensemble(repository: Path, version: str) -> None:

@@ -23,8 +23,8 @@ MEASURED = 1000
 """At most so many held-out and trojaned images have their entropies drawn."""
 _EXAMPLES = 4
 
-Entropies = Callable[[Samples], NDArray[np.float32]]
-"""Entropy of each image under each overlay, (images, overlays), in bits."""
+Measure = Callable[[Samples], NDArray[np.float32]]
+"""Entropy of each image under each overlay, (images, overlays), in bits; or nll of each, (images,), in nats."""
 
 
 def collect(
@@ -41,7 +41,8 @@ def collect(
     alpha: float,
     calibration: Calibration,
     calibration_entropies_bits: NDArray[np.float32],
-    entropies_of: Entropies,
+    entropies_of: Measure,
+    nlls_of: Measure,
     commands: tuple[tuple[str, ...], ...],
     provenance: dict[str, Any],
 ) -> Callable[[str], ReportData]:
@@ -51,11 +52,24 @@ def collect(
     networks = (model, repair.model)
     held_out_entropies = entropies_of(held_out)
     trojaned_entropies = None if trojaned is None else entropies_of(trojaned)
-    clean_examples = _examples(networks, held_out, held_out.labels, held_out_entropies, preprocessing)
+    alone = calibration.threshold_nll is None
+    held_out_nlls = None if alone else nlls_of(held_out)
+    trojaned_nlls = None if alone or trojaned is None else nlls_of(trojaned)
+
+    def examples(
+        samples: Samples,
+        truth: NDArray[np.int64] | None,
+        entropies: NDArray[np.float32],
+        nlls: NDArray[np.float32] | None,
+    ) -> Examples:
+        means = entropies.mean(axis=1)
+        verdicts = calibration.rejects(means, nlls)
+        return _examples(networks, samples, truth, means, verdicts, preprocessing)
+
+    clean_examples = examples(held_out, held_out.labels, held_out_entropies, held_out_nlls)
     trojaned_examples = None
     if trojaned is not None and trojaned_entropies is not None:
-        truth = trojaned.true_labels
-        trojaned_examples = _examples(networks, trojaned, truth, trojaned_entropies, preprocessing)
+        trojaned_examples = examples(trojaned, trojaned.true_labels, trojaned_entropies, trojaned_nlls)
     parts = [Part(name, len(part), part.sha256()) for name, part in vars(split).items()]
     if attack is not None:
         parts.append(Part("attack samples", len(attack), attack.sha256()))
@@ -78,6 +92,8 @@ def collect(
             calibration_entropies_bits=calibration_entropies_bits,
             held_out_entropies_bits=held_out_entropies,
             trojaned_entropies_bits=trojaned_entropies,
+            held_out_nlls=held_out_nlls,
+            trojaned_nlls=trojaned_nlls,
             clean_examples=clean_examples,
             trojaned_examples=trojaned_examples,
             parts=tuple(parts),
@@ -98,13 +114,14 @@ def _examples(
     samples: Samples,
     truth: NDArray[np.int64] | None,
     entropies: NDArray[np.float32],
+    verdicts: NDArray[np.bool_],
     preprocessing: Preprocessing,
 ) -> Examples:
     chosen = np.linspace(0, len(samples) - 1, min(_EXAMPLES, len(samples))).astype(np.int64)
     images = samples.images[chosen]
     original, repaired = (predict_labels(network, images, preprocessing) for network in networks)
     shown = None if truth is None else truth[chosen]
-    return Examples(images, entropies[chosen].mean(axis=1), original, repaired, shown)
+    return Examples(images, entropies[chosen], verdicts[chosen], original, repaired, shown)
 
 
 def _layers(model: keras.Model, repaired: keras.Model) -> tuple[Layer, ...]:

@@ -73,6 +73,7 @@ class Examples:
     Attributes:
         images: (count, height, width, channels), uint8, 0..255.
         entropies_bits: STRIP's entropy of each, (count,), float.
+        rejected: the verdicts, (count,), bool.
         original_labels: the untouched network's answers, (count,), integer.
         repaired_labels: the repaired network's answers, (count,), integer.
         true_labels: what each shows, (count,), integer; None where that is unknown.
@@ -80,6 +81,7 @@ class Examples:
 
     images: NDArray[np.uint8]
     entropies_bits: NDArray[np.floating[Any]]
+    rejected: NDArray[np.bool_]
     original_labels: NDArray[np.integer[Any]]
     repaired_labels: NDArray[np.integer[Any]]
     true_labels: NDArray[np.integer[Any]] | None = None
@@ -99,13 +101,15 @@ class ReportData:
         before: the network as it came.
         after: the repaired network, on the same images.
         attack_success_goal: the repair counts as failed if attack success is not under it, 0..1.
-        calibration: the threshold and what it rests on.
+        calibration: the thresholds and what they rest on.
         alpha: weight of the input in the blend.
         overlays: (N, height, width, channels), uint8, 0..255.
         calibration_entropies_bits: with each overlay, of the images that the threshold was chosen on, (images, N),
             float, in bits; an image's entropy is the mean over N.
         held_out_entropies_bits: likewise, of clean images that had no part in choosing the threshold.
         trojaned_entropies_bits: likewise, of attack samples; None without them.
+        held_out_nlls: nll of the same held-out images, (images,), float, in nats; None where STRIP decides alone.
+        trojaned_nlls: likewise, of the same attack samples.
         clean_examples: a few clean inputs.
         trojaned_examples: a few attack samples; None without them.
         parts: what the clean data was split into, and the attack samples.
@@ -128,6 +132,8 @@ class ReportData:
     calibration_entropies_bits: NDArray[np.floating[Any]]
     held_out_entropies_bits: NDArray[np.floating[Any]]
     trojaned_entropies_bits: NDArray[np.floating[Any]] | None
+    held_out_nlls: NDArray[np.floating[Any]] | None
+    trojaned_nlls: NDArray[np.floating[Any]] | None
     clean_examples: Examples
     trojaned_examples: Examples | None
     parts: tuple[Part, ...]

@@ -10,11 +10,15 @@ is {rate, low, high, successes, count}: the rate, its exact 95 % interval, and w
 - `repair`: {changed, kept, stopped, goal, steps: [{name, clean_accuracy, attack_success, recovered_accuracy,
   pruned_share}]}; the repair succeeded if attack success is under `goal`.
 - `layers`: [{name, kind, output_shape, parameters, pruned_share}].
-- `guard`: {threshold_bits, method, target_frr, frr_low, frr_high, images, note, alpha, overlays, frr, far, auroc}.
-  `frr_low` to `frr_high` is the 95 % range that calibration expects; the proportions `frr` (held-out clean images
-  rejected) and `far` (trojaned images accepted) were measured.
+- `guard`: {detector, threshold_bits, threshold_nll, method, target_frr, frr_low, frr_high, images, note, alpha,
+  overlays, frr, far, auroc}. `frr_low` to `frr_high` is the 95 % range that calibration expects; the proportions `frr`
+  (held-out clean images rejected) and `far` (trojaned images accepted) were measured, of the verdicts; AUROC is that of
+  the p-values.
+- `strip`: {frr, far, auroc}: likewise, of the threshold on the entropy alone.
+- `consensus`: {held_out, trojaned}, each [[entropy in bits, nll in nats]]; null where STRIP decides alone.
 - `histogram`: {edges_bits, calibration, held_out, trojaned}: images in each bin; one edge more than bins.
-- `roc`: {frr, detection_rate}: the corners of the curve; detection rate is 1 - FAR. Null without attack samples.
+- `roc`: {strip, guard}, each {frr, detection_rate}: the corners of the curve, by entropy and by p-value; detection rate
+  is 1 - FAR. Null without attack samples, and `guard` where STRIP decides alone.
 - `thresholds`: {threshold_bits, frr, frr_low, frr_high, far}: at each threshold, on held-out and trojaned images; the
   interval holds at each threshold by itself.
 - `overlays`: {count, share, clean_low_bits, trojaned_high_bits, auroc}: with the first `count` overlays only, the
@@ -51,7 +55,19 @@ def document(data: ReportData) -> dict[str, Any]:
     held_out = _mean_bits(data.held_out_entropies_bits)
     trojaned = None if data.trojaned_entropies_bits is None else _mean_bits(data.trojaned_entropies_bits)
     changed = data.kept != data.steps[0].name
-    far = None if trojaned is None else _share(~is_trojaned(trojaned, threshold))
+    guard_roc = None
+    if trojaned is None:
+        far = strip_far = area = strip_area = None
+    else:
+        far = _share(~calibration.rejects(trojaned, data.trojaned_nlls))
+        strip_far, strip_area = _share(~is_trojaned(trojaned, threshold)), auroc(-held_out, -trojaned)
+        p_values = [
+            calibration.regions.p_value(entropies, nlls)
+            for entropies, nlls in ((held_out, data.held_out_nlls), (trojaned, data.trojaned_nlls))
+        ]
+        area = auroc(-p_values[0], -p_values[1])
+        if data.held_out_nlls is not None:
+            guard_roc = _roc(*p_values)
     written = {
         "format": FORMAT,
         "model": data.model_name,
@@ -67,20 +83,26 @@ def document(data: ReportData) -> dict[str, Any]:
         },
         "layers": [asdict(layer) for layer in data.layers],
         "guard": {
-            **{name: value for name, value in asdict(calibration).items() if name != "calibration_frr"},
+            **{name: value for name, value in calibration.to_json().items() if name != "calibration_frr"},
             "alpha": data.alpha,
             "overlays": len(data.overlays),
-            "frr": _share(is_trojaned(held_out, threshold)).to_json(),
+            "frr": _share(calibration.rejects(held_out, data.held_out_nlls)).to_json(),
             "far": None if far is None else far.to_json(),
-            "auroc": None if trojaned is None else auroc(-held_out, -trojaned),
+            "auroc": area,
         },
+        "strip": {
+            "frr": _share(is_trojaned(held_out, threshold)).to_json(),
+            "far": None if strip_far is None else strip_far.to_json(),
+            "auroc": strip_area,
+        },
+        "consensus": _opinions(held_out, trojaned, data),
         "histogram": _histogram(_mean_bits(data.calibration_entropies_bits), held_out, trojaned),
-        "roc": None if trojaned is None else _roc(held_out, trojaned),
+        "roc": None if trojaned is None else {"strip": _roc(held_out, trojaned), "guard": guard_roc},
         "thresholds": _thresholds(held_out, trojaned, threshold),
         "overlays": _by_overlays(data),
         "examples": {
-            "clean": _examples(data.clean_examples, threshold),
-            "trojaned": None if data.trojaned_examples is None else _examples(data.trojaned_examples, threshold),
+            "clean": _examples(data.clean_examples),
+            "trojaned": None if data.trojaned_examples is None else _examples(data.trojaned_examples),
         },
         "parts": [asdict(part) for part in data.parts],
         "commands": data.commands,
@@ -118,7 +140,7 @@ def _notices(data: ReportData, changed: bool, far: Proportion | None) -> list[di
         )
         notices.append(("alarm", text))
     if far is not None and far.rate > 0.5:
-        text = f"STRIP lets {percent(far.rate)} of the attack samples pass: it does not detect this trigger."
+        text = f"The guard lets {percent(far.rate)} of the attack samples pass: it does not detect this trigger."
         notices.append(("alarm", text))
     if after is None:
         text = (
@@ -150,6 +172,17 @@ def _histogram(
         name: None if group is None else np.histogram(group.clip(0.0), edges)[0] for name, group in groups.items()
     }
     return {"edges_bits": edges, **counts}
+
+
+def _opinions(
+    held_out: NDArray[np.float64], trojaned: NDArray[np.float64] | None, data: ReportData
+) -> dict[str, Any] | None:
+    if data.held_out_nlls is None:
+        return None
+    shown = None
+    if trojaned is not None and data.trojaned_nlls is not None:
+        shown = np.stack([trojaned, data.trojaned_nlls], axis=1)
+    return {"held_out": np.stack([held_out, data.held_out_nlls], axis=1), "trojaned": shown}
 
 
 def _roc(clean: NDArray[np.float64], trojaned: NDArray[np.float64]) -> dict[str, Any]:
@@ -203,7 +236,7 @@ def _by_overlays(data: ReportData) -> dict[str, Any]:
     }
 
 
-def _examples(examples: Examples, threshold_bits: float) -> list[dict[str, Any]]:
+def _examples(examples: Examples) -> list[dict[str, Any]]:
     truth = examples.true_labels
     return [
         {
@@ -213,9 +246,7 @@ def _examples(examples: Examples, threshold_bits: float) -> list[dict[str, Any]]
             "repaired_label": examples.repaired_labels[row],
             "true_label": None if truth is None else truth[row],
         }
-        for row, (entropy, rejected) in enumerate(
-            zip(examples.entropies_bits, is_trojaned(examples.entropies_bits, threshold_bits), strict=True)
-        )
+        for row, (entropy, rejected) in enumerate(zip(examples.entropies_bits, examples.rejected, strict=True))
     ]
 
 

@@ -75,7 +75,7 @@ class Drawn:
 
 def draw_figures(numbers: dict[str, Any]) -> dict[str, Drawn]:
     """Return the figures by name; `numbers` is what `exporter.report.document.document` returned."""
-    drawings = (_repair, _histogram, _roc, _thresholds, _overlays)
+    drawings = (_repair, _histogram, _consensus, _roc, _thresholds, _overlays)
     with mpl.rc_context(_STYLE):
         return {figure.name: figure for figure in (draw(numbers) for draw in drawings)}
 
@@ -122,8 +122,8 @@ def _repair(numbers: dict[str, Any]) -> Drawn:
 
 
 def _histogram(numbers: dict[str, Any]) -> Drawn:
-    histogram, guard = numbers["histogram"], numbers["guard"]
-    edges, threshold = histogram["edges_bits"], guard["threshold_bits"]
+    histogram, guard = numbers["histogram"], numbers["strip"]
+    edges, threshold = histogram["edges_bits"], numbers["guard"]["threshold_bits"]
     groups = {"clean": histogram["held_out"]}
     sentence = (
         f"What lies at or left of the threshold of {threshold:.3f} bits is rejected: "
@@ -156,6 +156,39 @@ def _histogram(numbers: dict[str, Any]) -> Drawn:
     return Drawn("histogram", "Entropy of clean and trojaned inputs", sentence + ".", _svg("histogram", height, draw))
 
 
+def _consensus(numbers: dict[str, Any]) -> Drawn:
+    opinions, guard, title = numbers["consensus"], numbers["guard"], "Two opinions on each input"
+    if opinions is None:
+        return Drawn("consensus", title, "STRIP decides alone: the repaired network was not asked.", None)
+    bits, nats = guard["threshold_bits"], guard["threshold_nll"]
+    sentence = (
+        f"An input is rejected at or left of {bits:.3f} bits, or at or above {nats:.2f} nats, where the repaired "
+        "network gives next to no probability to what the original sees. Both together reject "
+        f"{percent(guard['frr']['rate'])} of clean inputs"
+    )
+    if guard["far"] is not None:
+        sentence += f" and {percent(1 - guard['far']['rate'])} of trojaned ones"
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for name, colour, marker in (("trojaned", _TROJANED, "x"), ("held_out", _CLEAN, "o")):
+            if opinions[name] is not None:
+                points = np.array([[np.nan if value is None else value for value in row] for row in opinions[name]])
+                label = "clean, held out" if name == "held_out" else name
+                axes.plot(*points.T, marker, color=colour, markersize=3, alpha=0.5, label=label, clip_on=False)
+        axes.axvline(bits, color=_TEXT, linestyle="--", linewidth=1, label="thresholds")
+        axes.axhline(nats, color=_TEXT, linestyle="--", linewidth=1)
+        # What both agree on is crowded at 0, and what they do not spreads over orders of magnitude.
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("entropy (bits)")
+        axes.set_ylabel("nll (nats)")
+        _legend(figure)
+
+    return Drawn("consensus", title, sentence + ".", _svg("consensus", 3.4, draw))
+
+
 def _roc(numbers: dict[str, Any]) -> Drawn:
     roc, guard, title = numbers["roc"], numbers["guard"], "Trojaned inputs caught against clean inputs rejected"
     if roc is None:
@@ -169,7 +202,12 @@ def _roc(numbers: dict[str, Any]) -> Drawn:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.plot(roc["frr"], roc["detection_rate"], color=_CLEAN, label="every threshold", clip_on=False)
+        strip, together = roc["strip"], roc["guard"]
+        alone = "every threshold" if together is None else "STRIP alone"
+        axes.plot(strip["frr"], strip["detection_rate"], color=_CLEAN, label=alone, clip_on=False)
+        if together is not None:
+            detection_rate = together["detection_rate"]
+            axes.plot(together["frr"], detection_rate, color=_RECOVERED, label="consensus", clip_on=False)
         chance = np.linspace(0, 1, 200)
         axes.plot(chance, chance, ":", color=_TEXT, linewidth=1, label="chance")
         used = "the one in use"
@@ -190,10 +228,10 @@ def _roc(numbers: dict[str, Any]) -> Drawn:
 
 
 def _thresholds(numbers: dict[str, Any]) -> Drawn:
-    curve, guard = numbers["thresholds"], numbers["guard"]
-    at, frr = curve["threshold_bits"], guard["frr"]
+    curve, in_use = numbers["thresholds"], numbers["guard"]["threshold_bits"]
+    at, frr = curve["threshold_bits"], numbers["strip"]["frr"]
     sentence = (
-        f"At {guard['threshold_bits']:.3f} bits, {percent(frr['rate'])} of {frr['count']} held-out clean images are "
+        f"At {in_use:.3f} bits, {percent(frr['rate'])} of {frr['count']} held-out clean images are "
         f"rejected (95 % interval {percent(frr['low'])} to {percent(frr['high'])}); a higher threshold catches "
         "more and rejects more."
     )
@@ -204,7 +242,7 @@ def _thresholds(numbers: dict[str, Any]) -> Drawn:
         axes.plot(at, curve["frr"], color=_CLEAN, label="FRR, 95 % interval shaded")
         if curve["far"] is not None:
             axes.plot(at, curve["far"], "-.", color=_TROJANED, label="FAR")
-        axes.axvline(guard["threshold_bits"], color=_TEXT, linestyle="--", linewidth=1, label="in use")
+        axes.axvline(in_use, color=_TEXT, linestyle="--", linewidth=1, label="in use")
         axes.set_xlim(0, at[-1])
         highest = max(curve["frr_high"])
         axes.set_ylim(0, min(1.0, 1.05 * max(highest, 0.1)))

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from detector.conformal import DETECTORS, peel
 from detector.errors import RepositoryError, SetupError
 from detector.serving import entropy_stage, perturb_stage, verdict_stage
 from tests.detector import reference
 from tests.detector.triton import PbUtils, request
 
-PUBLIC = ["label", "trojaned", "entropy", "probabilities"]
+PUBLIC = ["label", "trojaned", "entropy", "p_value", "probabilities"]
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -32,13 +33,29 @@ def arguments(folder: Path, mode: str | None = "block", kind: str = "CPU") -> di
     }
 
 
+def opinions(entropies: list[list[float]]) -> dict[str, Any]:
+    """Return the sentinel's tensors as `strip_entropy` sends them when `strip` decides alone."""
+    bits = np.array(entropies, np.float32)
+    return {"sentinel_entropy": bits, "sentinel_label": np.full(bits.shape, -1, np.int32)}
+
+
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
     (tmp_path / "1").mkdir()
     overlays = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 2), dtype=np.uint8)
     np.savez(tmp_path / "1" / "overlays.npz", overlays=overlays, alpha=0.6)
-    (tmp_path / "1" / "calibration.json").write_text(json.dumps({"threshold_bits": 0.5}))
+    write_detector(tmp_path, None)
     return tmp_path
+
+
+def write_detector(folder: Path, threshold_nll: float | None) -> None:
+    """Write what the stages read of `strip`, or with a threshold on the nll, of `consensus`."""
+    calibration = {"threshold_bits": 0.5, "threshold_nll": threshold_nll}
+    (folder / "1" / "calibration.json").write_text(json.dumps(calibration))
+    (folder / "1" / "detector.json").write_text(json.dumps({"detector": DETECTORS[threshold_nll is not None]}))
+    scores = [np.arange(1.0, 20.0) / 10] if threshold_nll is None else [np.arange(1.0, 20.0) / 10, np.arange(19.0) / 5]
+    regions = peel(*scores, strip_share=1.0 if threshold_nll is None else 0.5)
+    np.savez(folder / "1" / "regions.npz", **vars(regions))
 
 
 def test_all_requests_of_a_batch_are_answered_each_with_its_own_rows(model_folder: Path) -> None:
@@ -56,21 +73,61 @@ def test_all_requests_of_a_batch_are_answered_each_with_its_own_rows(model_folde
             np.testing.assert_allclose(blends, expected, atol=1e-4)
 
 
-def test_the_entropy_stage_keeps_the_batch_dimension() -> None:
-    stage = entropy_stage(arguments(Path("unused")), PbUtils())
-    (answer,) = stage.execute(
-        [request(["sentinel_entropy"], sentinel_probabilities=np.full((2, 3, 4), 0.25, np.float32))]
-    )
+def test_the_entropy_stage_keeps_the_batch_dimension(model_folder: Path) -> None:
+    stage = entropy_stage(arguments(model_folder), PbUtils())
+    wanted = ["sentinel_entropy", "sentinel_label"]
+    (answer,) = stage.execute([request(wanted, sentinel_probabilities=np.full((2, 3, 4), 0.25, np.float32))])
     np.testing.assert_allclose(answer.arrays()["sentinel_entropy"], [[2.0], [2.0]])
+    assert answer.arrays()["sentinel_label"].tolist() == [[-1], [-1]]
+
+
+def test_consensus_shows_the_sentinel_the_image_as_it_came_first(model_folder: Path) -> None:
+    write_detector(model_folder, 2.0)
+    images = np.random.default_rng(2).integers(0, 256, (2, 4, 5, 2), dtype=np.uint8)
+    (answer,) = perturb_stage(arguments(model_folder), PbUtils()).execute([request(["perturbations"], image=images)])
+    perturbations = answer.arrays()["perturbations"]
+    assert perturbations.shape == (2, 4, 4, 5, 2)
+    np.testing.assert_array_equal(perturbations[:, 0], images)
+    overlays = np.load(model_folder / "1" / "overlays.npz")["overlays"]
+    expected = [[reference.blend(image, overlay, 0.6) for overlay in overlays] for image in images]
+    np.testing.assert_allclose(perturbations[:, 1:], expected, atol=1e-4)
+
+
+def test_the_first_row_gives_the_label_and_the_others_the_entropy(model_folder: Path) -> None:
+    write_detector(model_folder, 2.0)
+    rows = np.array([[[0.1, 0.9], [0.5, 0.5], [1.0, 0.0]], [[0.8, 0.2], [0.5, 0.5], [0.5, 0.5]]], np.float32)
+    (answer,) = entropy_stage(arguments(model_folder), PbUtils()).execute(
+        [request(["sentinel_entropy", "sentinel_label"], sentinel_probabilities=rows)]
+    )
+    np.testing.assert_allclose(answer.arrays()["sentinel_entropy"], [[0.5], [1.0]])
+    assert answer.arrays()["sentinel_label"].tolist() == [[1], [0]]
+
+
+def test_consensus_rejects_what_the_repaired_network_does_not_believe(model_folder: Path) -> None:
+    write_detector(model_folder, 2.0)
+    probabilities = np.array([[0.95, 0.05], [0.95, 0.05], [0.95, 0.05]], np.float32)
+    (answer,) = verdict_stage(arguments(model_folder), PbUtils()).execute(
+        [
+            request(
+                PUBLIC,
+                sentinel_entropy=np.array([[9.0], [9.0], [0.4]], np.float32),
+                sentinel_label=np.array([[0], [1], [0]], np.int32),  # nll 0.05, 3.0, 0.05
+                repaired_probabilities=probabilities,
+            )
+        ]
+    )
+    assert answer.arrays()["trojaned"].tolist() == [[False], [True], [True]]
+    p_values = answer.arrays()["p_value"][:, 0]
+    assert answer.arrays()["p_value"].dtype == np.float32
+    assert p_values[0] == 1.0
+    assert (p_values[1:] <= 0.5).all()
 
 
 @pytest.mark.parametrize(("mode", "label"), [("block", 3), ("shadow", 1)])
 def test_the_mode_decides_what_a_trojaned_input_gets(model_folder: Path, mode: str, label: int) -> None:
     stage = verdict_stage(arguments(model_folder, mode), PbUtils())
     probabilities = np.array([[0.1, 0.8, 0.1], [0.1, 0.8, 0.1]], np.float32)
-    (answer,) = stage.execute(
-        [request(PUBLIC, sentinel_entropy=np.array([[0.5], [0.6]], np.float32), repaired_probabilities=probabilities)]
-    )
+    (answer,) = stage.execute([request(PUBLIC, **opinions([[0.5], [0.6]]), repaired_probabilities=probabilities)])
     assert answer.arrays()["label"].tolist() == [[label], [1]]
     assert answer.arrays()["label"].dtype == np.int32
     assert answer.arrays()["trojaned"].tolist() == [[True], [False]]
@@ -79,14 +136,23 @@ def test_the_mode_decides_what_a_trojaned_input_gets(model_folder: Path, mode: s
 def test_an_input_whose_repaired_probabilities_are_broken_is_rejected(model_folder: Path) -> None:
     stage = verdict_stage(arguments(model_folder), PbUtils())
     probabilities = np.array([[np.nan, 0.5, 0.5]], np.float32)
-    (answer,) = stage.execute(
-        [request(PUBLIC, sentinel_entropy=np.array([[9.0]], np.float32), repaired_probabilities=probabilities)]
-    )
+    (answer,) = stage.execute([request(PUBLIC, **opinions([[9.0]]), repaired_probabilities=probabilities)])
     assert answer.arrays()["trojaned"].tolist() == [[True]]
 
 
 @pytest.mark.parametrize(
-    "text", [None, "", "{}", '{"threshold_bits": null}', '{"threshold_bits": NaN}', '{"threshold_bits": -1}']
+    "text",
+    [
+        None,
+        "",
+        "{}",
+        '{"threshold_bits": 0.5}',
+        '{"threshold_bits": null, "threshold_nll": null}',
+        '{"threshold_bits": NaN, "threshold_nll": null}',
+        '{"threshold_bits": -1, "threshold_nll": null}',
+        '{"threshold_bits": 0.5, "threshold_nll": NaN}',
+        '{"threshold_bits": 0.5, "threshold_nll": "much"}',
+    ],
 )
 def test_without_a_usable_calibration_the_model_does_not_load(model_folder: Path, text: str | None) -> None:
     path = model_folder / "1" / "calibration.json"
@@ -94,6 +160,35 @@ def test_without_a_usable_calibration_the_model_does_not_load(model_folder: Path
     if text is not None:
         path.write_text(text)
     with pytest.raises(RepositoryError, match=r"calibration\.json"):
+        verdict_stage(arguments(model_folder), PbUtils())
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '{"detector": "luck"}', '{"detector": ["strip"]}'])
+def test_without_a_known_detector_the_models_do_not_load(model_folder: Path, text: str | None) -> None:
+    path = model_folder / "1" / "detector.json"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    for stage in (perturb_stage, entropy_stage):
+        with pytest.raises(RepositoryError, match=r"detector\.json"):
+            stage(arguments(model_folder), PbUtils())
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {},
+        {"entropies_bits": [2.0, 1.0], "nlls": [1.0, 1.0], "p_values": [0.3, 0.6]},
+        {"entropies_bits": [1.0, 2.0], "nlls": [1.0, 2.0], "p_values": [0.3, 0.6]},
+        {"entropies_bits": [1.0, 2.0], "nlls": [2.0, 1.0], "p_values": [0.3, 1.6]},
+        {"entropies_bits": [1.0, 2.0], "nlls": [2.0, 1.0], "p_values": [0.3]},
+        {"entropies_bits": [1.0, np.nan], "nlls": [2.0, 1.0], "p_values": [0.3, 0.6]},
+        {"entropies_bits": [], "nlls": [], "p_values": []},
+    ],
+)
+def test_without_usable_regions_the_model_does_not_load(model_folder: Path, broken: dict[str, list[float]]) -> None:
+    np.savez(model_folder / "1" / "regions.npz", **{name: np.array(values) for name, values in broken.items()})
+    with pytest.raises(RepositoryError, match=r"regions\.npz"):
         verdict_stage(arguments(model_folder), PbUtils())
 
 
@@ -115,6 +210,7 @@ def test_an_unknown_mode_does_not_load(model_folder: Path, mode: str | None) -> 
 )
 def test_without_usable_overlays_the_model_does_not_load(tmp_path: Path, stored: dict[str, Any]) -> None:
     (tmp_path / "1").mkdir()
+    write_detector(tmp_path, None)
     np.savez(tmp_path / "1" / "overlays.npz", **stored)
     with pytest.raises(RepositoryError, match=r"overlays\.npz"):
         perturb_stage(arguments(tmp_path), PbUtils())
@@ -136,7 +232,7 @@ def test_a_gpu_instance_without_cupy_does_not_load(monkeypatch: pytest.MonkeyPat
 
 def test_only_requested_outputs_are_sent(model_folder: Path) -> None:
     stage = verdict_stage(arguments(model_folder), PbUtils())
-    inputs = {"sentinel_entropy": np.ones((1, 1), np.float32), "repaired_probabilities": np.ones((1, 2), np.float32)}
+    inputs = {**opinions([[1.0]]), "repaired_probabilities": np.ones((1, 2), np.float32)}
     with_all, label_only = stage.execute([request(PUBLIC, **inputs), request(["label"], **inputs)])
     assert list(with_all.arrays()) == PUBLIC
     assert list(label_only.arrays()) == ["label"]

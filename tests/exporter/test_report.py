@@ -35,7 +35,7 @@ def report_data(seed: int = 0, **changes: Any) -> ReportData:
     def examples(count: int, entropy: float) -> Examples:
         labels = generator.integers(1, 100, count)
         images = generator.integers(0, 256, (count, 55, 47, 3), dtype=np.uint8)
-        return Examples(images, np.full(count, entropy), labels, labels, labels)
+        return Examples(images, np.full(count, entropy), np.full(count, entropy < 1), labels, labels, labels)
 
     calibration_entropies = entropies(598, 2.2, 0.7)
     steps = [Step("as received", 0.998, 0.997, 0.002, 0.0)]
@@ -62,6 +62,8 @@ def report_data(seed: int = 0, **changes: Any) -> ReportData:
         calibration_entropies_bits=calibration_entropies,
         held_out_entropies_bits=entropies(448, 2.2, 0.7),
         trojaned_entropies_bits=entropies(990, 0.25, 0.3),
+        held_out_nlls=None,
+        trojaned_nlls=None,
         clean_examples=examples(2, 2.3),
         trojaned_examples=examples(2, 0.1),
         parts=(Part("overlays", OVERLAYS, "0" * 64), Part("calibration", 598, "1" * 64)),
@@ -76,13 +78,26 @@ def report_data(seed: int = 0, **changes: Any) -> ReportData:
     return dataclasses.replace(data, **changes)
 
 
+NO_ATTACK: dict[str, Any] = dict.fromkeys(("trojaned_entropies_bits", "trojaned_examples"))
+
+
 def without_attack(**changes: Any) -> ReportData:
     """Return a report of an export that had no attack samples."""
     data = report_data()
     clean_only = Scores(Proportion(449, 450), None, None)
     steps = tuple(dataclasses.replace(step, attack_success=None, recovered_accuracy=None) for step in data.steps)
-    nothing: dict[str, Any] = dict.fromkeys(("trojaned_entropies_bits", "trojaned_examples"))
-    return dataclasses.replace(data, steps=steps, before=clean_only, after=clean_only, **(nothing | changes))
+    return dataclasses.replace(data, steps=steps, before=clean_only, after=clean_only, **(NO_ATTACK | changes))
+
+
+def with_consensus(**changes: Any) -> ReportData:
+    """Return a report of an export in which the repaired network has a say."""
+    data, generator = report_data(), np.random.default_rng(1)
+    calibration = calibrate(data.calibration_entropies_bits.mean(axis=1), 0.05, generator.gamma(0.2, 0.5, 598))
+    nlls: dict[str, Any] = {
+        "held_out_nlls": generator.gamma(0.2, 0.5, 448),
+        "trojaned_nlls": generator.gamma(20.0, 0.4, 990),
+    }
+    return dataclasses.replace(data, calibration=calibration, **(nlls | changes))
 
 
 class Page(HTMLParser):
@@ -155,7 +170,9 @@ class RepairNumbers(Strict):
 
 
 class Guard(Strict):
+    detector: str
     threshold_bits: float
+    threshold_nll: float | None
     method: str
     target_frr: float | None
     frr_low: float
@@ -169,6 +186,17 @@ class Guard(Strict):
     auroc: float | None
 
 
+class Alone(Strict):
+    frr: Rate
+    far: Rate | None
+    auroc: float | None
+
+
+class Opinions(Strict):
+    held_out: list[tuple[float | None, float]]
+    trojaned: list[tuple[float | None, float]] | None
+
+
 class Histogram(Strict):
     edges_bits: list[float]
     calibration: list[int]
@@ -176,9 +204,14 @@ class Histogram(Strict):
     trojaned: list[int] | None
 
 
-class Roc(Strict):
+class Curve(Strict):
     frr: list[float]
     detection_rate: list[float]
+
+
+class Roc(Strict):
+    strip: Curve
+    guard: Curve | None
 
 
 class Thresholds(Strict):
@@ -208,6 +241,8 @@ class Numbers(Strict):
     repair: RepairNumbers
     layers: list[dict[str, Any]]
     guard: Guard
+    strip: Alone
+    consensus: Opinions | None
     histogram: Histogram
     roc: Roc | None
     thresholds: Thresholds
@@ -219,13 +254,18 @@ class Numbers(Strict):
 
     @model_validator(mode="after")
     def curves_have_a_value_for_each_point(self) -> Numbers:
-        for curve in (self.roc, self.thresholds, self.overlays):
+        by_detector = [] if self.roc is None else [self.roc.strip, self.roc.guard]
+        for curve in (*by_detector, self.thresholds, self.overlays):
             if curve is not None:
                 assert len({len(values) for values in vars(curve).values() if isinstance(values, list)}) == 1
         return self
 
 
-@pytest.mark.parametrize("data", [report_data(), without_attack()], ids=["attack", "no attack"])
+@pytest.mark.parametrize(
+    "data",
+    [report_data(), without_attack(), with_consensus(), with_consensus(trojaned_nlls=None, **NO_ATTACK)],
+    ids=["attack", "no attack", "consensus", "consensus without attack"],
+)
 def test_the_json_has_the_documented_keys_and_no_other(tmp_path: Path, data: ReportData) -> None:
     Numbers.model_validate(written(tmp_path, data)[1])
 
@@ -241,6 +281,17 @@ def test_the_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None
     assert "http:" not in html
     assert "https:" not in html
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+
+
+def test_both_opinions_are_shown_where_there_are_two(tmp_path: Path) -> None:
+    page, numbers = written(tmp_path, with_consensus())
+    assert page.tags.count("svg") == len(FIGURES) + 1
+    assert numbers["guard"]["far"]["rate"] < numbers["strip"]["far"]["rate"]
+    assert numbers["guard"]["frr"]["rate"] == pytest.approx(0.05, abs=0.04)
+    assert "The thresholds aim at an FRR of 5.0 % together" in page.text
+    assert "a second opinion" in page.text
+    alone, _ = written(tmp_path, report_data())
+    assert "a second opinion" not in alone.text
 
 
 def test_every_identifier_is_met_once_and_every_reference_finds_its_own(tmp_path: Path) -> None:

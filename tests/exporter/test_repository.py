@@ -84,6 +84,7 @@ def test_the_public_contract_stands_in_the_config() -> None:
         ("label", 8, [1]),
         ("trojaned", 1, [1]),
         ("entropy", 11, [1]),
+        ("p_value", 11, [1]),
         ("probabilities", 11, [5]),
     ]
 
