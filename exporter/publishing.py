@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -65,21 +66,23 @@ def check_writable(target: Path) -> None:
 
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Let only one process at a time change `target`, or tell a server of it; others wait. Its parent must exist."""
+    """Let only one process at a time change `target`, or tell a server of it; others wait.
+
+    What a killed process left is put right first: `target` comes back if it was just being replaced, and nothing
+    half-written stays beside it.
+    """
     target = target.resolve()
-    descriptor = os.open(target.parent, os.O_RDONLY)
+    descriptor = os.open(next(folder for folder in target.parents if folder.exists()), os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        aside = _aside(target)
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        for left in (aside, *target.parent.glob(f".{glob.escape(target.name)}.partial-*")):
+            shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         os.close(descriptor)
-
-
-def remove_leftovers(target: Path) -> None:
-    """Remove what killed writers of `target` left beside it; for a writer that holds the lock, as all of them do."""
-    target = target.resolve()
-    for staged in target.parent.glob(f".{target.name}.partial-*"):
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _publish(staged: Path, target: Path, replace: bool) -> None:
@@ -113,10 +116,15 @@ def _exchange(first: Path, second: Path) -> None:
                 f"{second}: cannot be replaced ({os.strerror(code)}); a mounted folder cannot be, choose a folder "
                 "inside it"
             )
-    aside = second.with_name(f".{second.name}.old-{os.getpid()}")
+    aside = _aside(second)  # from where `locked` brings it back, should we be killed before the next line is through
     second.rename(aside)
     first.rename(second)
     aside.rename(first)
+
+
+def _aside(target: Path) -> Path:
+    """Return where `target` lies while it is replaced in two renames."""
+    return target.with_name(f".{target.name}.old")
 
 
 def _flush(path: Path) -> None:

@@ -31,7 +31,7 @@ from tritonclient.grpc.model_config_pb2 import (
 from detector.calibration import Calibration
 from detector.errors import InputError, RepositoryError
 from detector.serving import MODES, REGION_FIELDS, read_detector
-from exporter.publishing import check_writable, locked, remove_leftovers, staged_folder
+from exporter.publishing import check_writable, locked, staged_folder
 from model_repository.manifest import MODELS, next_version, verify_repository, write_manifest
 
 MAX_BATCH_SIZE = 64
@@ -129,7 +129,6 @@ def write_repository(output: Path, served: ServedModel, write_report: Callable[[
     check_writable(output)
     output.resolve().parent.mkdir(parents=True, exist_ok=True)
     with locked(output):
-        remove_leftovers(output)
         manifest = check_output(output, served.image_shape, served.classes)
         versions = {} if manifest is None else manifest["versions"]
         number = next_version(versions)
@@ -219,10 +218,15 @@ def activate(repository: Path, version: str | None = None) -> str:
             )
         if wanted not in versions:
             raise InputError(f"{repository}: got version {wanted!r}, expected one of {', '.join(versions)}")
-        if wanted != active:
-            with _replaced(repository, versions, wanted):
-                pass  # the configs are all that differs
+        make_active(repository, manifest, wanted)
         return str(wanted)
+
+
+def make_active(repository: Path, manifest: dict[str, Any], version: str) -> None:
+    """Make a version of a verified repository the active one; for a caller that holds the lock since."""
+    if version != manifest["active"]:
+        with _replaced(repository, manifest["versions"], version):
+            pass  # the configs are all that differs
 
 
 @contextmanager

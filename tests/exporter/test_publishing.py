@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from detector.errors import InputError
-from exporter.publishing import staged_folder
+from exporter.publishing import locked, staged_folder
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -93,3 +93,66 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> N
         (target / "other").touch()
     assert [path.name for path in target.iterdir()] == ["other"]
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+_REPLACES = """
+import os, signal, sys
+from pathlib import Path
+from exporter import publishing
+
+target, place, atomic = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "atomic"
+
+def killed(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+renames, rename = [], Path.rename
+
+def counted(self, other):
+    if place == f"rename {len(renames)}":
+        killed()
+    renames.append(other)
+    return rename(self, other)
+
+with publishing.locked(target):
+    # From here on, for what is left by others is removed under the lock, too.
+    Path.rename = counted
+    if not atomic:
+        publishing.ctypes.CDLL = lambda *_, **__: object()  # as on a system without renameat2
+    if place == "written":
+        publishing._publish = killed
+    if place == "in place":
+        publishing.shutil.rmtree = killed
+    with publishing.staged_folder(target, replace=True) as staged:
+        (staged / "new").touch()
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "means", "there"),
+    [
+        ("written", "atomic", "old"),
+        ("in place", "atomic", "new"),
+        ("rename 1", "renames", "old"),
+        ("rename 2", "renames", "old"),  # when nothing is in place at all
+        ("rename 3", "renames", "new"),
+        ("in place", "renames", "new"),
+        ("nowhere", "renames", "new"),
+    ],
+)
+def test_a_kill_while_a_folder_is_replaced_leaves_one_or_the_other(
+    tmp_path: Path, place: str, means: str, there: str
+) -> None:
+    target = tmp_path / "re[1]sult"
+    target.mkdir()
+    (target / "old").touch()
+    root = Path(__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", _REPLACES, target, place, means], cwd=root, check=False)
+    assert ended.returncode == (0 if place == "nowhere" else -signal.SIGKILL)
+    with locked(target):
+        assert [path.name for path in target.iterdir()] == [there]
+        assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_whose_parent_is_not_there_yet_can_be_locked(tmp_path: Path) -> None:
+    with locked(tmp_path / "deep" / "result"):
+        assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -318,22 +319,49 @@ def test_an_active_version_that_there_is_not_is_refused(repository: Path) -> Non
 
 
 _KILLED = """
-import os, signal, sys
+import os, pickle, signal, sys
 from pathlib import Path
-import exporter.repository as repository
+from exporter import publishing, repository
 
-def killed(*_):
+folder, place, command, arguments = Path(sys.argv[1]), sys.argv[2], sys.argv[3], pickle.load(sys.stdin.buffer)
+
+def killed(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
-repository.write_manifest = killed
-repository.activate(Path(sys.argv[1]), "1")
+if place == "writing":
+    repository.write_manifest = killed
+elif place == "exchanged":
+    publishing._flush = lambda path: killed() if path == folder.parent else None
+else:
+    publishing.ctypes.CDLL = lambda *_, **__: object()
+    aside, publishing._aside = publishing._aside(folder), lambda _: aside
+    rename = Path.rename
+    Path.rename = lambda self, to: (rename(self, to), killed() if to == aside else None)[0]
+getattr(repository, command)(folder, *arguments)
 """
 
 
-def test_a_rollback_that_is_killed_in_the_middle_leaves_the_old_version(repository: Path, served: ServedModel) -> None:
+@pytest.mark.parametrize(("place", "active"), [("writing", "2"), ("exchanged", None), ("between renames", "2")])
+@pytest.mark.parametrize("command", ["write_repository", "write_recalibration", "activate"])
+def test_a_command_that_is_killed_leaves_a_whole_repository_and_no_debris(
+    repository: Path, served: ServedModel, command: str, place: str, active: str | None
+) -> None:
     write_recalibration(repository, "1", recalibrated(served))
-    ended = subprocess.run([sys.executable, "-c", _KILLED, repository], cwd=Path(__file__).parents[2], check=False)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "write_repository": (served,),
+        "write_recalibration": ("2", recalibrated(served)),
+        "activate": ("1",),
+    }
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(
+        [sys.executable, "-c", _KILLED, repository, place, command],
+        cwd=root,
+        check=False,
+        input=pickle.dumps(arguments[command]),
+    )
     assert ended.returncode == -signal.SIGKILL
-    assert verify_repository(repository)["active"] == "2"
-    assert pins(repository)["guarded"] == 2
-    assert activate(repository) == "1"  # and nobody is locked out
+    active = active or {"activate": "1"}.get(command, "3")
+    assert activate(repository, active) == active  # nobody is locked out
+    assert list(repository.parent.iterdir()) == [repository]
+    assert verify_repository(repository)["active"] == active
+    assert pins(repository)["guarded"] == int(active)
