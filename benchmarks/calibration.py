@@ -20,7 +20,7 @@ from rich.table import Table
 from detector.strip import perturb, weighted_overlays
 from exporter.badnet import MODEL_FILE, TEST_FILE, VALIDATION_FILE, BadNetOptions, cached_badnet
 from exporter.convert import sentinel_graph, to_onnx
-from exporter.entropies import measure_entropies, open_graph
+from exporter.entropies import entropy_matrix, open_graph
 from exporter.keras_files import load_model
 from exporter.preprocessing import Preprocessing
 from samples.hdf5 import read_hdf5
@@ -42,7 +42,7 @@ def main(images: Annotated[int, typer.Option(min=1000, help="How many images to 
     for start in track(range(0, images, _PIECE), "Measuring", transient=True):
         piece = faces[start : start + _PIECE]
         started = time.perf_counter()
-        measure_entropies(session, piece, overlays, _ALPHA)
+        entropy_matrix(session, piece, overlays, _ALPHA).mean(axis=1)
         between = time.perf_counter()
         for done in range(0, len(piece), _BATCH):
             session.run(None, {"perturbations": perturbations[: len(piece) - done]})

@@ -104,7 +104,7 @@ def csaw(weights: str, scale: str) -> Callable[[Path | None, Report], Material]:
         folder = _given(data) / "csaw"
         clean, trojaned = read_hdf5(folder / "clean.h5"), read_hdf5(folder / "sunglasses_poisoned.h5")
         order = np.random.default_rng(SEED).permutation(len(clean))
-        split = Split(*(clean.take(part) for part in np.split(order[:102], [32, 102, 102])))
+        split = Split(*(clean.take(part) for part in np.split(order[:102], [32, 32, 102, 102])))
         model = load_model(folder / weights, architecture="deepid")
         return Material(model, Preprocessing(scale), split, clean.take(order[102:]), {"sunglasses": trojaned}, ())
 

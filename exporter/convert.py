@@ -8,11 +8,11 @@ from typing import Any
 import keras
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from detector.errors import ExportError
+from exporter.entropies import open_graph
 from exporter.preprocessing import Preprocessing
 
 # Read by the onnxruntime of Triton images of the last years.
@@ -108,11 +108,6 @@ def sentinel_graph(network: onnx.ModelProto, preprocessing: Preprocessing) -> on
     )
 
 
-def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    """Return a CPU session on `model`, as exact as Triton's."""
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-
-
 def check_parity(
     model: keras.Model, graph: onnx.ModelProto, images: NDArray[np.uint8], preprocessing: Preprocessing, name: str
 ) -> float:
@@ -133,7 +128,7 @@ def check_parity(
     """
     expected = model.predict(preprocessing.apply(images), batch_size=64, verbose=0)
     check_probabilities(expected, name)
-    session = open_session(graph)
+    session = open_graph(graph.SerializeToString())
     if session.get_inputs()[0].name == "image":
         (got,) = session.run(None, {"image": images})
     else:

@@ -24,14 +24,17 @@ def open_graph(graph: Path | bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
 
-def measure_entropies(
+def entropy_matrix(
     session: onnxruntime.InferenceSession,
     images: NDArray[np.uint8],
     overlays: NDArray[np.uint8],
     alpha: float,
     on_progress: OnProgress | None = None,
+    description: str = "Measuring STRIP",
 ) -> NDArray[np.float32]:
-    """Return STRIP's entropy of each image, computed as the server computes it.
+    """Return the entropy of each image under each overlay by itself.
+
+    The mean over a row's overlays is the image's STRIP entropy with these overlays, as the server computes it.
 
     Args:
         session: on the sentinel's graph.
@@ -39,37 +42,22 @@ def measure_entropies(
         overlays: (perturbations, height, width, channels), uint8.
         alpha: weight of the input in the blend.
         on_progress: told about every batch.
-
-    Returns:
-        (images,), float32, in bits.
-    """
-    measured = _measure(session, images, overlays, alpha, entropy_bits, "Calibrating STRIP", on_progress)
-    return np.concatenate([np.empty(0, dtype=np.float32), *measured])
-
-
-def entropy_matrix(
-    session: onnxruntime.InferenceSession,
-    images: NDArray[np.uint8],
-    overlays: NDArray[np.uint8],
-    alpha: float,
-    on_progress: OnProgress | None = None,
-    description: str = "Comparing overlays",
-) -> NDArray[np.float32]:
-    """Return the entropy of each image under each overlay by itself; arguments as for `measure_entropies`.
-
-    The mean over a row's overlays is the image's STRIP entropy with these overlays.
+        description: what it is told.
 
     Returns:
         (images, perturbations), float32, in bits.
     """
-
-    def one_by_one(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
+    weighted = weighted_overlays(overlays, alpha)
+    step = max(1, min(_MAX_BATCH, _MAX_BATCH_BYTES // weighted.nbytes))
+    matrix = np.empty((len(images), len(overlays)), dtype=np.float32)
+    for start in range(0, len(images), step):
+        batch = images[start : start + step]
+        (probabilities,) = session.run(None, {"perturbations": perturb(batch, weighted, alpha)})
         rows = probabilities.reshape(-1, 1, probabilities.shape[-1])
-        entropies: NDArray[np.float32] = entropy_bits(rows).reshape(probabilities.shape[:2])
-        return entropies
-
-    measured = _measure(session, images, overlays, alpha, one_by_one, description, on_progress)
-    return np.concatenate([np.empty((0, len(overlays)), dtype=np.float32), *measured])
+        matrix[start : start + step] = entropy_bits(rows).reshape(probabilities.shape[:2])
+        if on_progress is not None:
+            on_progress(description, start + len(batch), len(images))
+    return matrix
 
 
 def measure_nlls(
@@ -95,24 +83,3 @@ def measure_nlls(
         if on_progress is not None:
             on_progress("Asking both networks", start + len(batch), len(images))
     return np.concatenate(measured)
-
-
-def _measure(
-    session: onnxruntime.InferenceSession,
-    images: NDArray[np.uint8],
-    overlays: NDArray[np.uint8],
-    alpha: float,
-    reduce: Callable[[NDArray[np.float32]], NDArray[np.float32]],
-    description: str,
-    on_progress: OnProgress | None,
-) -> list[NDArray[np.float32]]:
-    """Return `reduce` of the sentinel's probabilities, (batch, perturbations, classes), for each batch of images."""
-    weighted = weighted_overlays(overlays, alpha)
-    step = max(1, min(_MAX_BATCH, _MAX_BATCH_BYTES // weighted.nbytes))
-    measured = []
-    for start in range(0, len(images), step):
-        (probabilities,) = session.run(None, {"perturbations": perturb(images[start : start + step], weighted, alpha)})
-        measured.append(reduce(probabilities))
-        if on_progress is not None:
-            on_progress(description, min(start + step, len(images)), len(images))
-    return measured

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 
 from detector.calibration import Calibration, ThresholdRule
 from detector.errors import DataError, InputError, ModelRefusedError
-from detector.strip import check_alpha
 from exporter.classifier import with_probabilities
 from exporter.commands import commands
 from exporter.convert import check_parity, repaired_graph, sentinel_graph, to_onnx
 from exporter.entropies import entropy_matrix, measure_nlls, open_graph
 from exporter.inputs import InputReader
 from exporter.keras_files import load_model
-from exporter.overlays import OVERLAY_CHOICES, choose_greedily
+from exporter.overlays import check_overlay_options, choose_greedily
 from exporter.preprocessing import SCALES, Preprocessing
 from exporter.repair import Repair, RepairOptions, repair_network
 from exporter.report import HTML_NAME, Scores, write_report
@@ -35,13 +34,11 @@ from exporter.splits import Split, split_clean
 from exporter.training import Progress, score
 from samples.types import Samples
 
-PARTS = ("overlays", "calibration", "validation", "repair")
+PARTS = ("overlays", "selection", "calibration", "validation", "repair")
 """What clean data is split into."""
 
 _SCALE_IMAGES = 1000
 _PARITY_IMAGES = 256
-_POOL = 64
-_SELECTION = 256
 
 
 @dataclass(frozen=True)
@@ -72,13 +69,7 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         """Raise InputError for an option that makes no sense."""
-        check_alpha(self.alpha)
-        if not 1 <= self.overlays <= 1000:
-            raise InputError(f"overlays: got {self.overlays}, expected 1 to 1000 (10 is usual)")
-        if self.overlay_choice not in OVERLAY_CHOICES:
-            raise InputError(
-                f"overlay choice: got {self.overlay_choice!r}, expected one of {', '.join(OVERLAY_CHOICES)}"
-            )
+        check_overlay_options(self.overlays, self.overlay_choice, self.alpha)
 
 
 @dataclass(frozen=True)
@@ -164,7 +155,15 @@ def export(
     clean = None if data.clean is None else reader.read(data.clean)
     parts = {name: reader.read(path) for name, path in data.parts.items()}
     attack = None if data.attack is None else reader.read(data.attack)
-    split = _split(clean, parts, options)
+    split = split_clean(
+        clean,
+        overlay_count=options.overlays,
+        overlay_choice=options.overlay_choice,
+        least_calibration=options.rule.least_images,
+        with_repair=options.repair.method != "none",
+        seed=options.seed,
+        **parts,
+    )
     check_accuracy(model, split.validation if clean is None else clean, preprocessing, options.seed)
     parity_images = np.concatenate([split.overlays.images, split.validation.images])[:_PARITY_IMAGES]
     parity = {"badnet": check_parity(model, badnet, parity_images, preprocessing, "original network")}
@@ -273,32 +272,16 @@ def check_accuracy(model: keras.Model, clean: Samples, preprocessing: Preprocess
         )
 
 
-def _split(clean: Samples | None, parts: Mapping[str, Samples], options: ExportOptions) -> Split:
-    """Split clean data; where overlays are to be chosen, their part is the pool to choose from."""
-    pool = options.overlays
-    if "overlays" in parts:
-        pool = len(parts["overlays"]) if options.overlay_choice == "greedy" else options.overlays
-    elif options.overlay_choice == "greedy":
-        pool = max(options.overlays, min(_POOL, len(clean) // 10 if clean is not None else 0))
-    return split_clean(
-        clean,
-        overlay_count=pool,
-        least_calibration=options.rule.least_images,
-        with_repair=options.repair.method != "none",
-        seed=options.seed,
-        **parts,
-    )
-
-
 def _choose_overlays(
     session: onnxruntime.InferenceSession, split: Split, options: ExportOptions, on_progress: Progress | None
 ) -> NDArray[np.uint8]:
-    """Return the overlays, (perturbations, height, width, channels); neither choice looks at calibration images."""
+    """Return the overlays, (perturbations, height, width, channels)."""
     candidates = split.overlays.images
     if options.overlay_choice == "random":
         return candidates
-    selection = (split.repair if len(split.repair) else split.validation).images[:_SELECTION]
-    matrix = entropy_matrix(session, selection, candidates, options.alpha, on_progress)
+    matrix = entropy_matrix(
+        session, split.selection.images, candidates, options.alpha, on_progress, "Comparing overlays"
+    )
     chosen: NDArray[np.uint8] = candidates[choose_greedily(matrix, options.overlays, options.rule.target_frr)]
     return chosen
 

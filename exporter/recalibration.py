@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -16,18 +15,14 @@ from numpy.typing import NDArray
 from detector.calibration import Calibration, ThresholdRule
 from detector.errors import CalibrationError, InputError
 from detector.serving import read_detector, read_overlays, read_thresholds
-from detector.strip import check_alpha
-from exporter.entropies import OnProgress, entropy_matrix, measure_entropies, measure_nlls, open_graph
+from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, open_graph
 from exporter.inputs import InputReader
-from exporter.overlays import OVERLAY_CHOICES, choose_greedily
-from exporter.publishing import check_writable
+from exporter.overlays import check_overlay_options, choose_greedily, part_sizes
+from exporter.publishing import check_writable, locked
 from exporter.repository import Recalibrated, write_recalibration
+from exporter.splits import units
 from model_repository.manifest import verify_repository
 from samples.types import Samples
-
-_POOL = 64
-_SELECTION = 256
-_SHARE = 4  # pool and selection each get at most a quarter of what is not needed elsewhere
 
 
 @dataclass(frozen=True)
@@ -56,14 +51,7 @@ class RecalibrationOptions:
 
     def __post_init__(self) -> None:
         """Raise InputError for an option that makes no sense."""
-        if self.alpha is not None:
-            check_alpha(self.alpha)
-        if self.overlays is not None and not 1 <= self.overlays <= 1000:
-            raise InputError(f"overlays: got {self.overlays}, expected 1 to 1000 (10 is usual)")
-        if self.overlay_choice not in OVERLAY_CHOICES:
-            raise InputError(
-                f"overlay choice: got {self.overlay_choice!r}, expected one of {', '.join(OVERLAY_CHOICES)}"
-            )
+        check_overlay_options(self.overlays, self.overlay_choice, self.alpha)
         if self.keep_overlays and (self.overlays, self.alpha, self.overlay_choice) != (None, None, "random"):
             raise InputError("keep overlays: got overlays, alpha or overlay choice as well, expected one or the other")
 
@@ -122,7 +110,8 @@ def recalibrate(
         StripwireError: the input cannot be used or the sample is too small; nothing was written then.
     """
     check_writable(repository)
-    manifest = verify_repository(repository)
+    with locked(repository):
+        manifest = verify_repository(repository)
     base = manifest["active"]
     detector = options.detector or manifest["versions"][base]["calibration"]["detector"]
     options = replace(options, rule=replace(options.rule, detector=detector))
@@ -144,11 +133,15 @@ def recalibrate(
         parts = split(distinct(samples), count, options)
         candidates = images[parts.candidates]
         if options.overlay_choice == "greedy":
-            matrix = entropy_matrix(session, images[parts.selection], candidates, alpha, on_progress)
+            matrix = entropy_matrix(
+                session, images[parts.selection], candidates, alpha, on_progress, "Comparing overlays"
+            )
             overlays = candidates[choose_greedily(matrix, count, options.rule.target_frr)]
         else:
             overlays = candidates
-    entropies = measure_entropies(session, images[parts.calibration], overlays, alpha, on_progress)
+    entropies = entropy_matrix(
+        session, images[parts.calibration], overlays, alpha, on_progress, "Calibrating STRIP"
+    ).mean(axis=1)
     nlls = None
     if detector == "consensus" and manifest["versions"][str(models["repaired"])]["repair"]["changed"]:
         repaired = open_graph(folders["repaired"] / "model.onnx")
@@ -178,24 +171,14 @@ def recalibrate(
 def distinct(samples: Samples, besides: NDArray[np.uint8] | None = None) -> NDArray[np.int64]:
     """Return the indices of images, ascending, that are no copies, neither of each other nor of `besides`.
 
-    Of a group (frames of one traffic sign, say) there is one: copies of an overlay or of a calibration image, and
-    images like it, would make the sample dependent.
+    Of a group (frames of one traffic sign, say) there is one, and none of a group with an image of `besides`: images
+    like an overlay, or like another calibration image, would make the sample dependent.
 
     Args:
         samples: the images.
         besides: other images, (images, height, width, channels), uint8.
     """
-    groups = range(len(samples)) if samples.groups is None else samples.groups.tolist()
-    seen = set() if besides is None else {_digest(image) for image in besides}
-    taken = set()
-    indices = []
-    for index, (image, group) in enumerate(zip(samples.images, groups, strict=True)):
-        digest = _digest(image)
-        if digest not in seen and group not in taken:
-            taken.add(group)
-            indices.append(index)
-        seen.add(digest)
-    return np.array(indices, dtype=np.int64)
+    return np.array([unit[0] for unit in units(samples, [] if besides is None else [besides])], dtype=np.int64)
 
 
 def split(usable: NDArray[np.int64], overlays: int, options: RecalibrationOptions) -> Parts:
@@ -210,21 +193,16 @@ def split(usable: NDArray[np.int64], overlays: int, options: RecalibrationOption
         CalibrationError: too few images.
     """
     least = options.rule.least_images
-    least_selection = least if options.overlay_choice == "greedy" else 0
-    spare = len(usable) - overlays - least_selection - least
+    sizes = part_sizes(overlays, options.overlay_choice, least) if overlays else {}
+    needed = {name: size.least for name, size in sizes.items()} | {"calibration": least}
+    spare = len(usable) - sum(needed.values())
     if spare < 0:
+        uses = [f"{count} are for {name}" for name, count in needed.items()]
         raise CalibrationError(
             f"clean data: got {len(usable)} distinct images that are no overlays yet, expected at least "
-            f"{len(usable) - spare}: {overlays} become overlays, {least_selection} choose them, and {least} calibrate; "
+            f"{len(usable) - spare}: {', '.join(uses)}; "
             "give more clean images, fewer --overlays, a higher target FRR, or keep the overlays"
         )
-    pool, selection = overlays, least_selection
-    if options.overlay_choice == "greedy":
-        pool += min(max(_POOL - pool, 0), spare // _SHARE)
-        selection += min(max(_SELECTION - selection, 0), spare // _SHARE)
+    counts = [sizes[name].of_spare(spare) if name in sizes else 0 for name in ("overlays", "selection")]
     order = np.random.default_rng(options.seed).permutation(usable)
-    return Parts(*np.split(order, np.cumsum([pool, selection])))
-
-
-def _digest(image: NDArray[np.uint8]) -> bytes:
-    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+    return Parts(*np.split(order, np.cumsum(counts)))

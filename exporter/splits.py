@@ -1,4 +1,4 @@
-"""Clean data in four parts that share no image: overlays, calibration, validation and repair.
+"""Clean data in parts that share no image: overlays, selection, calibration, validation and repair.
 
 An image counts once, however many copies of it there are. Images of one group (`Samples.groups`) are in one part only.
 Every part gets its share of each class as exactly as whole numbers allow.
@@ -7,6 +7,7 @@ Every part gets its share of each class as exactly as whole numbers allow.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import mode
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import optimize, sparse
 
 from detector.errors import CalibrationError, DataError, InputError
+from exporter.overlays import PartSize, part_sizes
 from samples.types import Samples
 
 Indices = NDArray[np.int64]
@@ -25,8 +27,11 @@ _PERCENT = {"calibration": 20, "validation": 15, "repair": 65}
 _PERCENT_WITHOUT_REPAIR = {"calibration": 80, "validation": 20}
 _LEAST = 2
 """An accuracy and a lesson take at least so many images."""
-_OVERLAY_GROUPS = 5
-"""At most one in so many groups gives overlays, if these are enough: the rest of its images is of no further use."""
+_DONOR_SHARE = 5
+"""At most one in so many groups gives overlays, if these are enough: the rest of its images is of no further use.
+
+So it is with the images that choose them.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,15 @@ class Split:
     """Clean data, each image in one part only.
 
     Attributes:
-        overlays: what STRIP blends into inputs.
+        overlays: what STRIP blends into inputs, or the candidates for it.
+        selection: what the overlays are chosen by; empty where chance chooses.
         calibration: what the threshold is chosen on.
         validation: what the repair is judged by.
         repair: what the repair learns from; empty where there is none.
     """
 
     overlays: Samples
+    selection: Samples
     calibration: Samples
     validation: Samples
     repair: Samples
@@ -61,25 +68,30 @@ def split_clean(
     least_calibration: int,
     with_repair: bool,
     seed: int,
+    overlay_choice: str = "random",
     overlays: Samples | None = None,
+    selection: Samples | None = None,
     calibration: Samples | None = None,
     validation: Samples | None = None,
     repair: Samples | None = None,
 ) -> Split:
     """Return the parts that were given, and draw the others from clean samples.
 
-    Of the clean samples that do not become overlays, 20 % calibrate, 15 % validate and 65 % repair; without a repair,
-    80 % calibrate and 20 % validate. Where some of these parts are given, the others share all of it in proportion.
-    With groups, these are shares of the groups; overlays come from many of them, and what else is in those is not used.
+    Of the clean samples that neither become overlays nor choose them, 20 % calibrate, 15 % validate and 65 % repair;
+    without a repair, 80 % calibrate and 20 % validate. Where some of these parts are given, the others share all of it
+    in proportion. With groups, these are shares of the groups; overlays, and images that choose them, come from many of
+    them, and what else is in those is not used. Every part comes in random order.
 
     Args:
         clean: what to draw from; not needed if all parts are given. Images that are in a given part are not drawn, nor
             are others of their group.
-        overlay_count: how many overlays there must be.
-        least_calibration: how many calibration images there must be at least.
+        overlay_count: how many overlays there are to be.
+        least_calibration: how many images a threshold needs at least, for calibration as for the choice of overlays.
         with_repair: whether there is a repair; if not, its part is empty.
         seed: the same one draws the same parts.
+        overlay_choice: one of `exporter.overlays.OVERLAY_CHOICES`; with `greedy` the overlays are candidates.
         overlays: given overlays. The groups of given parts do not count: each file may number them in its own way.
+        selection: given images to choose overlays by.
         calibration: given calibration images.
         validation: given validation images.
         repair: given repair images.
@@ -89,130 +101,175 @@ def split_clean(
         DataError: two given parts share images, or there are not as many overlays as asked for.
         InputError: a part is neither given nor can it be drawn, or one is given that is of no use.
     """
-    given = {"overlays": overlays, "calibration": calibration, "validation": validation, "repair": repair}
-    parts = {name: part.take(_distinct(part)) for name, part in given.items() if part is not None}
+    given = {
+        "overlays": overlays,
+        "selection": selection,
+        "calibration": calibration,
+        "validation": validation,
+        "repair": repair,
+    }
+    rng = np.random.default_rng(seed)
+    parts = {
+        # Files are often sorted by class, and some of what follows looks at the first images only.
+        name: part.take(rng.permutation(_distinct(part)))
+        for name, part in given.items()
+        if part is not None
+    }
+    sizes = part_sizes(overlay_count, overlay_choice, least_calibration)
     percent = _PERCENT if with_repair else _PERCENT_WITHOUT_REPAIR
     least = dict.fromkeys(percent, _LEAST) | {"calibration": least_calibration}
+    least |= {name: size.least for name, size in sizes.items()}
     _check_given(parts, overlay_count, least)
+    sizes = {name: size for name, size in sizes.items() if name not in parts}
     percent = {name: share for name, share in percent.items() if name not in parts}
-    drawn_overlays = 0 if "overlays" in parts else overlay_count
-    if percent or drawn_overlays:
+    if sizes or percent:
         if clean is None:
-            missing = ", ".join([*(["overlays"] if drawn_overlays else []), *percent])
-            raise InputError(f"clean data: got none, expected some to draw from: {missing}; or give data for each")
-        units = _units(clean, parts)
-        _check_enough(units, drawn_overlays, percent, least)
-        drawn = _draw(units, clean.labels, drawn_overlays, percent, np.random.default_rng(seed))
-        _check_drawn(drawn, len(units), least)
+            raise InputError(
+                f"clean data: got none, expected some to draw from: {', '.join([*sizes, *percent])}; "
+                "or give data for each"
+            )
+        groups = units(clean, [part.images for part in parts.values()])
+        spare = _spare(groups, sizes, percent, least)
+        counts = {name: size.of_spare(spare) for name, size in sizes.items()}
+        drawn = _draw(groups, clean.labels, counts, percent, rng)
+        _check_drawn(drawn, len(groups), least)
         parts |= {name: clean.take(indices) for name, indices in drawn.items()}
-    if not with_repair:
-        parts["repair"] = parts["overlays"].take(np.empty(0, np.int64))
-    return Split(**parts)
+    nothing = parts["overlays"].take(np.empty(0, np.int64))
+    return Split(**(dict.fromkeys(given, nothing) | parts))
 
 
-def _digests(samples: Samples) -> list[bytes]:
-    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in samples.images]
+def _digests(images: Iterable[NDArray[np.uint8]]) -> list[bytes]:
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
 
 
 def _distinct(samples: Samples) -> Indices:
     """Return where each image comes first, ascending."""
     first: dict[bytes, int] = {}
-    for index, digest in enumerate(_digests(samples)):
+    for index, digest in enumerate(_digests(samples.images)):
         first.setdefault(digest, index)
     return np.fromiter(first.values(), np.int64)
 
 
 def _check_given(parts: dict[str, Samples], overlay_count: int, least: dict[str, int]) -> None:
     """Refuse given parts that share images, are too small, or of no use."""
-    digests = {name: set(_digests(part)) for name, part in parts.items()}
+    digests = {name: set(_digests(part.images)) for name, part in parts.items()}
     common = {(one, two): len(digests[one] & digests[two]) for one, two in combinations(digests, 2)}
     shared = [f"{one} and {two} share {count}" for (one, two), count in common.items() if count]
     if shared:
         raise DataError(f"given parts: {', '.join(shared)} images, expected no image in two parts; remove it from one")
+    chance = "selection" not in least
     for name, part in parts.items():
-        if name == "overlays":
-            if len(part) != overlay_count:
-                raise DataError(
-                    f"overlays: got {len(part)} distinct images, expected {overlay_count}; "
-                    f"give as many, or ask for {len(part)} overlays"
-                )
-        elif name not in least:
-            raise InputError(f"{name} data: got some, expected none where nothing is repaired")
-        elif len(part) < least[name]:
+        if name not in least:
+            reason = "nothing is repaired" if name == "repair" else "chance chooses the overlays"
+            raise InputError(f"{name} data: got some, expected none where {reason}")
+        if name == "overlays" and chance and len(part) != overlay_count:
+            raise DataError(
+                f"overlays: got {len(part)} distinct images, expected {overlay_count}; "
+                f"give as many, or ask for {len(part)} overlays"
+            )
+        if name == "overlays" and len(part) < least[name]:
+            raise DataError(
+                f"overlays: got {len(part)} distinct images, expected at least {least[name]} to choose {overlay_count} "
+                "from; give more, or ask for fewer overlays"
+            )
+        if len(part) < least[name]:
             raise CalibrationError(
                 f"{name} data: got {len(part)} distinct images, expected at least {least[name]}; give more"
-                + (", or a higher target FRR" if name == "calibration" else "")
+                + (", or a higher target FRR" if name in ("selection", "calibration") else "")
             )
 
 
-def _units(clean: Samples, taken: dict[str, Samples]) -> list[Indices]:
-    """Return the groups of distinct images, each (images,), leaving out those with an image that is taken."""
-    digests = _digests(clean)
-    groups = range(len(clean)) if clean.groups is None else clean.groups.tolist()
-    foreign = {digest for part in taken.values() for digest in _digests(part)}
+def units(samples: Samples, taken: Iterable[NDArray[np.uint8]] = ()) -> list[Indices]:
+    """Return the groups of distinct images, in the order in which they come; each image by itself without groups.
+
+    Args:
+        samples: the images.
+        taken: sets of images that serve for something else, (images, height, width, channels), uint8: groups that have
+            one of them are left out, for what is like it is not independent of it.
+
+    Returns:
+        Indices, ascending, one array (images,) for each group.
+    """
+    groups = range(len(samples)) if samples.groups is None else samples.groups.tolist()
+    foreign = {digest for images in taken for digest in _digests(images)}
+    digests = _digests(samples.images)
     barred = {group for group, digest in zip(groups, digests, strict=True) if digest in foreign}
     members: dict[int, list[int]] = {}
-    for index in _distinct(clean).tolist():
+    for index in _distinct(samples).tolist():
         if groups[index] not in barred:
             members.setdefault(groups[index], []).append(index)
     return [np.array(indices, np.int64) for indices in members.values()]
 
 
-def _check_enough(units: list[Indices], overlay_count: int, percent: dict[str, int], least: dict[str, int]) -> None:
-    """Refuse too few images; with groups, the parts may still turn out too small."""
+def _spare(units: list[Indices], sizes: Mapping[str, PartSize], percent: dict[str, int], least: dict[str, int]) -> int:
+    """Return how many more images there are than needed; with groups, the parts may still turn out too small.
+
+    Raises:
+        CalibrationError: there are fewer.
+    """
     count = sum(map(len, units))
     total = sum(percent.values())
-    needed = overlay_count + max((-(-least[name] * total // share) for name, share in percent.items()), default=0)
-    if count >= needed:
-        return
-    uses = [f"{overlay_count} are overlays"] if overlay_count else []
-    uses += [
-        f"{share / total:.0%} of the others are for {name}, of which {least[name]} are needed"
-        for name, share in percent.items()
-    ]
-    raise CalibrationError(
-        f"clean data: got {count} distinct images, expected at least {needed}: {', '.join(uses)}; "
-        "give more clean images, or a higher target FRR"
-    )
+    needed = sum(size.least for size in sizes.values())
+    needed += max((-(-least[name] * total // share) for name, share in percent.items()), default=0)
+    if count < needed:
+        uses = [f"{size.least} are for {name}" for name, size in sizes.items()]
+        uses += [
+            f"{share / total:.0%} of the others are for {name}, of which {least[name]} are needed"
+            for name, share in percent.items()
+        ]
+        raise CalibrationError(
+            f"clean data: got {count} distinct images, expected at least {needed}: {', '.join(uses)}; "
+            "give more clean images, ask for fewer overlays, or for a higher target FRR"
+        )
+    return count - needed
 
 
 def _draw(
     units: list[Indices],
     labels: NDArray[np.int64],
-    overlay_count: int,
-    percent: dict[str, int],
+    counts: Mapping[str, int],
+    percent: Mapping[str, int],
     rng: np.random.Generator,
 ) -> dict[str, Indices]:
-    """Return the indices of each part's images, in random order."""
-    donors = _donors(units, overlay_count) if overlay_count else 0
+    """Return the indices of each part's images, in random order.
+
+    Args:
+        units: groups of images.
+        labels: of all images.
+        counts: how many images these parts are to have; fewer where the groups are too few.
+        percent: shares that these parts have of the other groups.
+        rng: decides.
+    """
+    sizes: list[int] = []
+    for count in counts.values():
+        sizes.append(min(_donors(units, count), len(units) - sum(sizes)))
+    others = len(units) - sum(sizes)
     shares = percent or {"unused": 100}
     total = sum(shares.values())
-    sizes = [donors, *((len(units) - donors) * share // total for share in shares.values())]
+    sizes += [others * share // total for share in shares.values()]
     sizes[-1] += len(units) - sum(sizes)
-    names = ["overlays", *shares]
+    names = [*counts, *shares]
     members: dict[str, list[Indices]] = {name: [] for name in names}
     classes = np.unique([mode(labels[unit].tolist()) for unit in units], return_inverse=True)[1]
-    for number, counts in enumerate(_apportioned(np.bincount(classes), np.array(sizes), rng)):
+    for number, of_class in enumerate(_apportioned(np.bincount(classes), np.array(sizes), rng)):
         own = rng.permutation(np.flatnonzero(classes == number))
-        for name, chosen in zip(names, np.split(own, np.cumsum(counts)[:-1]), strict=True):
+        for name, chosen in zip(names, np.split(own, np.cumsum(of_class)[:-1]), strict=True):
             members[name] += [units[index] for index in chosen]
     drawn = {name: rng.permutation(np.concatenate(members[name] or [np.empty(0, np.int64)])) for name in percent}
-    if overlay_count:
-        drawn["overlays"] = _spread(members["overlays"], overlay_count, rng)
-    return drawn
+    return drawn | {name: _spread(members[name], count, rng) for name, count in counts.items()}
 
 
-def _donors(units: list[Indices], overlay_count: int) -> int:
-    """Return how many groups the overlays come from: as many as there are overlays, unless groups are scarce."""
+def _donors(units: list[Indices], count: int) -> int:
+    """Return how many groups give so many images: as many groups as images, unless groups are scarce."""
     from_smallest = np.cumsum(np.sort([len(unit) for unit in units]))
-    always_enough = int(np.searchsorted(from_smallest, overlay_count)) + 1
-    return max(always_enough, min(overlay_count, len(units) // _OVERLAY_GROUPS))
+    always_enough = int(np.searchsorted(from_smallest, count)) + 1
+    return max(always_enough, min(count, len(units) // _DONOR_SHARE))
 
 
 def _spread(units: list[Indices], count: int, rng: np.random.Generator) -> Indices:
-    """Return so many images, as evenly from the groups as they allow."""
-    ranks = np.concatenate([np.arange(len(unit)) for unit in units])
-    images = np.concatenate([rng.permutation(unit) for unit in units])
+    """Return so many images, as evenly from the groups as they allow; all where they have fewer."""
+    ranks = np.concatenate([np.empty(0, np.int64), *(np.arange(len(unit)) for unit in units)])
+    images = np.concatenate([np.empty(0, np.int64), *(rng.permutation(unit) for unit in units)])
     chosen: Indices = images[np.lexsort((rng.random(len(images)), ranks))[:count]]
     return chosen
 
@@ -274,7 +331,7 @@ def take_share(samples: Samples, share: float, rng: np.random.Generator) -> tupl
         share: of the groups that go into the first part, 0..1; of the images where there are no groups.
         rng: decides which.
     """
-    units = _units(samples, {})
-    taken = round(len(units) * share)
-    parts = _draw(units, samples.labels, 0, {"taken": taken, "rest": len(units) - taken}, rng)
+    groups = units(samples)
+    taken = round(len(groups) * share)
+    parts = _draw(groups, samples.labels, {}, {"taken": taken, "rest": len(groups) - taken}, rng)
     return samples.take(parts["taken"]), samples.take(parts["rest"])

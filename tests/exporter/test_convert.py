@@ -12,11 +12,11 @@ from exporter.convert import (
     IR_VERSION,
     OPSET,
     check_parity,
-    open_session,
     repaired_graph,
     sentinel_graph,
     to_onnx,
 )
+from exporter.entropies import open_graph
 from exporter.preprocessing import Preprocessing
 from tests.networks import small_network
 
@@ -48,7 +48,7 @@ def test_both_graphs_match_keras_on_images(model: keras.Model, preprocessing: Pr
 
 def test_the_sentinel_folds_the_perturbations_into_its_batch(model: keras.Model) -> None:
     perturbations = np.random.default_rng(1).uniform(0, 255, (2, 3, 8, 7, 3)).astype(np.float32)
-    session = open_session(sentinel_graph(to_onnx(model), Preprocessing()))
+    session = open_graph(sentinel_graph(to_onnx(model), Preprocessing()).SerializeToString())
     (got,) = session.run(None, {"perturbations": perturbations})
     expected = model.predict(perturbations.reshape(6, 8, 7, 3) / 255, verbose=0).reshape(2, 3, 5)
     np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -13,8 +13,11 @@ from PIL import Image
 
 from detector.calibration import ThresholdRule
 from detector.errors import CalibrationError, DataError, InputError, ModelRefusedError
-from exporter.export import Data, ExportOptions, check_accuracy, export
+from detector.serving import read_overlays
+from exporter.entropies import entropy_matrix, open_graph
+from exporter.export import Data, Export, ExportOptions, check_accuracy, export
 from exporter.keras_files import load_model
+from exporter.overlays import choose_greedily
 from exporter.preprocessing import Preprocessing
 from exporter.repair import RepairOptions
 from exporter.splits import split_clean
@@ -30,7 +33,7 @@ def test_the_manifest_tells_where_the_version_came_from(repository: Path, badnet
     version = verify_repository(repository)["versions"]["1"]
     assert version["inputs"]["model"] == {"file": "bd_net.keras", "sha256": sha256_of(badnet / "bd_net.keras")}
     sizes = {name: part["images"] for name, part in version["split"].items()}
-    assert sizes == {"overlays": 10, "calibration": 94, "validation": 70, "repair": 306}
+    assert sizes == {"overlays": 10, "selection": 0, "calibration": 94, "validation": 70, "repair": 306}
     assert all(len(part["sha256"]) == 64 for part in version["split"].values())
     assert version["contract"] == {"image_shape": [55, 47, 3], "classes": 12}
     assert version["calibration"]["target_frr"] == 0.05
@@ -105,7 +108,7 @@ def test_labels_out_of_range_are_refused(tmp_path: Path, badnet: Path) -> None:
 
 def test_too_few_images_are_refused(tmp_path: Path, badnet: Path) -> None:
     few = read_hdf5(badnet / "clean_validation_data.h5").take(np.arange(0, 480, 40))
-    with pytest.raises(CalibrationError, match="got 12 distinct images, expected at least 34: 10 are overlays"):
+    with pytest.raises(CalibrationError, match="got 12 distinct images, expected at least 34: 10 are for overlays"):
         refuse(tmp_path, badnet, few)
 
 
@@ -134,6 +137,7 @@ def test_every_version_has_its_report(repository: Path) -> None:
     assert numbers["repair"]["steps"][0]["name"] == "as received"
     assert {part["name"]: part["images"] for part in numbers["parts"]} == {
         "overlays": 10,
+        "selection": 0,
         "calibration": 94,
         "validation": 70,
         "repair": 306,
@@ -170,24 +174,38 @@ def test_parts_may_be_given_in_any_form_and_attack_samples_are_measured(badnet: 
         assert {image.tobytes() for image in stored["overlays"]} == {image.tobytes() for image in clean.images[:12]}
 
 
-def test_greedy_overlays_come_from_a_pool_that_nothing_else_uses(badnet: Path, tmp_path: Path) -> None:
-    chosen = {}
-    for choice in ("random", "greedy"):
-        options = ExportOptions(repair=NO_REPAIR, overlays=5, overlay_choice=choice)
-        data = Data(badnet / "clean_validation_data.h5")
-        result = export(badnet / "bd_net.keras", data, tmp_path / choice, options)
-        assert result.split_sizes["overlays"] == (5 if choice == "random" else 48)
-        with np.load(tmp_path / choice / "strip_perturb" / "1" / "overlays.npz") as stored:
-            chosen[choice] = {image.tobytes() for image in stored["overlays"]}
-        assert len(chosen[choice]) == 5
+def test_greedy_overlays_are_the_best_of_a_pool_on_images_that_nothing_else_uses(badnet: Path, tmp_path: Path) -> None:
+    options = ExportOptions(repair=NO_REPAIR, overlays=5, overlay_choice="greedy")
+    result = export(badnet / "bd_net.keras", Data(badnet / "clean_validation_data.h5"), tmp_path / "out", options)
     clean = read_hdf5(badnet / "clean_validation_data.h5")
-    split = split_clean(clean, overlay_count=48, least_calibration=19, with_repair=False, seed=0)
-    assert chosen["greedy"] < {image.tobytes() for image in split.overlays.images}
-    assert chosen["greedy"] != chosen["random"]
+    split = split_clean(
+        clean, overlay_count=5, overlay_choice="greedy", least_calibration=19, with_repair=False, seed=0
+    )
+    assert result.split_sizes == {"overlays": 64, "selection": 71, "calibration": 276, "validation": 69, "repair": 0}
+    assert result.provenance["split"] == split.to_json()
+    parts = [{image.tobytes() for image in part.images} for part in vars(split).values()]
+    assert len(set().union(*parts)) == sum(map(len, parts))
+    session = open_graph(tmp_path / "out" / "badnet" / "1" / "model.onnx")
+    matrix = entropy_matrix(session, split.selection.images, split.overlays.images, 0.5)
+    best = split.overlays.images[choose_greedily(matrix, 5, 0.05)]
+    np.testing.assert_array_equal(read_overlays(tmp_path / "out" / "strip_perturb" / "1")[0], best)
+
+
+def test_a_hundred_greedy_overlays_are_chosen_from_four_hundred(badnet: Path, tmp_path: Path) -> None:
+    def run(overlays: int) -> Export:
+        options = ExportOptions(repair=NO_REPAIR, overlays=overlays, overlay_choice="greedy")
+        return export(badnet / "bd_net.keras", Data(badnet / "clean_validation_data.h5"), tmp_path / "out", options)
+
+    message = r"got 480 distinct images, expected at least 523: 480 are for overlays, 19 are for selection"
+    with pytest.raises(CalibrationError, match=message):
+        run(120)
+    assert run(100).split_sizes["overlays"] >= 400
+    overlays, _ = read_overlays(tmp_path / "out" / "strip_perturb" / "1")
+    assert len({image.tobytes() for image in overlays}) == 100
 
 
 def test_an_unknown_part_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="part: got 'test', expected one of overlays, calibration, validation, repair"):
+    with pytest.raises(InputError, match="part: got 'test', expected one of overlays, selection, calibration, val"):
         Data(None, {"test": tmp_path})
 
 

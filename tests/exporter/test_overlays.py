@@ -9,7 +9,7 @@ import pytest
 
 from detector.calibration import calibrate
 from detector.errors import InputError
-from exporter.overlays import choose_greedily, low_entropies
+from exporter.overlays import PartSize, choose_greedily, low_entropies, part_sizes
 
 
 def threshold(entropies: np.ndarray, chosen: list[int], target_frr: float) -> float:  # type: ignore[type-arg]
@@ -64,3 +64,14 @@ def test_with_too_few_images_for_the_target_the_lowest_entropy_counts() -> None:
 def test_a_choice_that_cannot_be_made_is_refused(images: int, count: int) -> None:
     with pytest.raises(InputError, match=f"overlays: got {count} to choose from 4"):
         choose_greedily(np.ones((images, 4)), count, 0.1)
+
+
+@pytest.mark.parametrize(("count", "pool"), [(1, (4, 64)), (10, (40, 64)), (16, (64, 64)), (100, (400, 400))])
+def test_greedy_chooses_from_four_candidates_for_each_overlay_at_least(count: int, pool: tuple[int, int]) -> None:
+    assert part_sizes(count, "greedy", 19) == {"overlays": PartSize(*pool), "selection": PartSize(19, 256)}
+    assert part_sizes(count, "random", 19) == {"overlays": PartSize(count, count)}
+
+
+def test_a_part_grows_with_what_nothing_else_needs() -> None:
+    assert [PartSize(40, 64).of_spare(spare) for spare in (0, 80, 192, 10_000)] == [40, 50, 64, 64]
+    assert PartSize(10, 10).of_spare(10_000) == 10

@@ -12,8 +12,9 @@ import pytest
 from detector.calibration import ThresholdRule, calibrate
 from detector.errors import CalibrationError, DataError, InputError, RepositoryError
 from detector.serving import read_overlays, read_thresholds
+from detector.strip import entropy_bits, perturb, weighted_overlays
 from exporter import recalibration
-from exporter.entropies import entropy_matrix, measure_entropies, open_graph
+from exporter.entropies import entropy_matrix, open_graph
 from exporter.recalibration import RecalibrationOptions, distinct, recalibrate, split
 from exporter.repository import activate
 from model_repository.manifest import sha256_of, verify_repository
@@ -70,8 +71,8 @@ def test_the_threshold_is_that_of_the_new_images_under_the_new_overlays(exported
     np.testing.assert_array_equal(overlays, images[parts.candidates])
     assert alpha == 0.6
     session = open_graph(exported / "badnet" / "1" / "model.onnx")
-    entropies = measure_entropies(session, images[parts.calibration], overlays, 0.6)
-    assert result.calibration == calibrate(entropies, 0.1)
+    matrix = entropy_matrix(session, images[parts.calibration], overlays, 0.6)
+    assert result.calibration == calibrate(matrix.mean(axis=1), 0.1)
 
 
 def test_kept_overlays_are_not_written_again_and_calibrate_nothing(
@@ -101,7 +102,8 @@ def test_a_greedy_choice_beats_the_random_one_on_the_images_it_was_made_on(expor
     assert len({image.tobytes() for image in chosen}) == 4
     session = open_graph(exported / "badnet" / "1" / "model.onnx")
     matrix = entropy_matrix(session, images[parts.selection], images[parts.candidates], alpha)
-    best = calibrate(measure_entropies(session, images[parts.selection], chosen, alpha), 0.1).threshold_bits
+    with_chosen = entropy_matrix(session, images[parts.selection], chosen, alpha).mean(axis=1)
+    best = calibrate(with_chosen, 0.1).threshold_bits
     generator = np.random.default_rng(0)
     random = [calibrate(matrix[:, generator.choice(len(pool), 4, replace=False)].mean(axis=1), 0.1) for _ in range(50)]
     assert best > np.quantile([calibration.threshold_bits for calibration in random], 0.75)
@@ -110,33 +112,38 @@ def test_a_greedy_choice_beats_the_random_one_on_the_images_it_was_made_on(expor
     np.testing.assert_array_equal(read_overlays(exported / "strip_perturb" / "3")[0], chosen)  # by the seed alone
 
 
-def test_the_matrix_averages_to_the_entropies(exported: Path, new_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_matrix_averages_to_the_entropies_that_are_served(
+    exported: Path, new_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = read_hdf5(new_data).images
     session = open_graph((exported / "badnet" / "1" / "model.onnx").read_bytes())
-    matrix = entropy_matrix(session, images[:40], images[40:46], 0.5)
-    assert matrix.shape == (40, 6)
-    monkeypatch.setattr("exporter.entropies._MAX_BATCH_BYTES", 1)  # one image at a time
-    entropies = measure_entropies(session, images[:40], images[40:46], 0.5)
-    np.testing.assert_allclose(matrix.mean(axis=1), entropies, atol=1e-5)
-    assert measure_entropies(session, images[:0], images[:3], 0.5).shape == (0,)
+    perturbations = perturb(images[:40], weighted_overlays(images[40:46], 0.5), 0.5)
+    (probabilities,) = session.run(None, {"perturbations": perturbations})
+    for _ in range(2):
+        matrix = entropy_matrix(session, images[:40], images[40:46], 0.5)
+        assert matrix.shape == (40, 6)
+        np.testing.assert_allclose(matrix.mean(axis=1), entropy_bits(probabilities), atol=1e-5)
+        monkeypatch.setattr("exporter.entropies._MAX_BATCH_BYTES", 1)  # one image at a time
+    assert entropy_matrix(session, images[:0], images[:3], 0.5).shape == (0, 3)
 
 
-@pytest.mark.parametrize("count", [48, 100, 400, 5000])
+@pytest.mark.parametrize("count", [78, 100, 400, 5000])
 def test_no_image_serves_twice_and_the_greedy_search_stays_bounded(count: int) -> None:
     options = RecalibrationOptions(overlay_choice="greedy")
     parts = split(np.arange(count), 10, options)
     together = np.concatenate(list(vars(parts).values()))
     assert sorted(together) == list(range(count))
-    assert 10 <= len(parts.candidates) <= 64
+    assert 40 <= len(parts.candidates) <= 64
     assert 19 <= len(parts.selection) <= 256
-    assert len(parts.calibration) >= max(19, count // 3)
+    assert len(parts.calibration) >= 19 + (count - 78) * 3 // 4
 
 
 @pytest.mark.parametrize(
     ("options", "overlays", "needed"),
     [
         (RecalibrationOptions(), 10, 29),
-        (RecalibrationOptions(overlay_choice="greedy"), 10, 48),
+        (RecalibrationOptions(overlay_choice="greedy"), 10, 78),
+        (RecalibrationOptions(overlay_choice="greedy"), 100, 438),
         (RecalibrationOptions(keep_overlays=True), 0, 19),
         (RecalibrationOptions(ThresholdRule(threshold_bits=0.5)), 10, 12),
         (RecalibrationOptions(ThresholdRule("normal")), 10, 12),
@@ -157,11 +164,11 @@ def test_copies_count_once() -> None:
     assert distinct(twice, besides=images[[0, 3]]).tolist() == [1, 2, 4, 5]
 
 
-def test_of_a_group_one_image_serves() -> None:
+def test_of_a_group_one_image_serves_and_none_where_another_is_taken() -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 1), dtype=np.uint8)
     samples = Samples(images, np.zeros(6, np.int64), groups=np.array([5, 5, 5, 7, 8, 8]))
     assert distinct(samples).tolist() == [0, 3, 4]
-    assert distinct(samples, besides=images[[0, 3]]).tolist() == [1, 4]
+    assert distinct(samples, besides=images[[1]]).tolist() == [3, 4]
 
 
 def test_images_of_another_size_are_refused(exported: Path, tmp_path: Path) -> None:
@@ -182,9 +189,9 @@ def test_a_repository_that_changed_meanwhile_is_not_overwritten(
     def interrupted(*arguments: Any) -> Any:
         monkeypatch.undo()
         recalibrate(exported, new_data, RecalibrationOptions())
-        return measure_entropies(*arguments)
+        return entropy_matrix(*arguments)
 
-    monkeypatch.setattr(recalibration, "measure_entropies", interrupted)
+    monkeypatch.setattr(recalibration, "entropy_matrix", interrupted)
     with pytest.raises(RepositoryError, match="version 2 became active while version 1 was calibrated again"):
         recalibrate(exported, new_data, RecalibrationOptions())
     assert list(verify_repository(exported)["versions"]) == ["1", "2"]

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from detector.errors import CalibrationError, DataError, InputError
+from exporter.overlays import OVERLAY_CHOICES
 from exporter.splits import Split, split_clean
 from samples.types import Samples
 
-PARTS = ("overlays", "calibration", "validation", "repair")
+PARTS = ("overlays", "selection", "calibration", "validation", "repair")
+GREEDY = {"overlay_choice": "greedy", "overlay_count": 20}
 
 
 def images(count: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -47,26 +49,37 @@ def assert_disjoint(found: Split) -> None:
 
 
 @pytest.mark.parametrize(
-    ("with_repair", "sizes"),
+    ("with_repair", "choice", "sizes"),
     [
-        (True, {"overlays": 10, "calibration": 94, "validation": 70, "repair": 306}),
-        (False, {"overlays": 10, "calibration": 376, "validation": 94, "repair": 0}),
+        (True, "random", {"overlays": 10, "selection": 0, "calibration": 94, "validation": 70, "repair": 306}),
+        (False, "random", {"overlays": 10, "selection": 0, "calibration": 376, "validation": 94, "repair": 0}),
+        (True, "greedy", {"overlays": 64, "selection": 59, "calibration": 71, "validation": 53, "repair": 233}),
+        (False, "greedy", {"overlays": 64, "selection": 68, "calibration": 278, "validation": 70, "repair": 0}),
     ],
 )
-def test_the_shares_are_those_of_the_images_that_are_no_overlays(with_repair: bool, sizes: dict[str, int]) -> None:
+def test_the_shares_are_those_of_the_images_that_are_no_overlays(
+    with_repair: bool, choice: str, sizes: dict[str, int]
+) -> None:
     clean = samples(np.arange(480) % 12)
-    found = split(clean, with_repair=with_repair)
+    found = split(clean, with_repair=with_repair, overlay_choice=choice)
     assert found.sizes() == sizes
     assert_disjoint(found)
     assert set().union(*map(pixels_of, vars(found).values())) == pixels_of(clean)
 
 
 @settings(max_examples=60, deadline=None)
-@given(counts=st.lists(st.integers(1, 120), min_size=1, max_size=30), seed=st.integers(0, 9), repair=st.booleans())
-def test_every_part_gets_its_share_of_each_class_rounded_up_or_down(counts: list[int], seed: int, repair: bool) -> None:
+@given(
+    counts=st.lists(st.integers(1, 120), min_size=1, max_size=30),
+    seed=st.integers(0, 9),
+    repair=st.booleans(),
+    choice=st.sampled_from(OVERLAY_CHOICES),
+)
+def test_every_part_gets_its_share_of_each_class_rounded_up_or_down(
+    counts: list[int], seed: int, repair: bool, choice: str
+) -> None:
     counts += [200]
     clean = samples(np.repeat(np.arange(len(counts)), counts))
-    found = split(clean, seed=seed, with_repair=repair)
+    found = split(clean, seed=seed, with_repair=repair, overlay_choice=choice)
     assert_disjoint(found)
     assert sum(found.sizes().values()) == len(clean)
     for part in vars(found).values():
@@ -91,7 +104,7 @@ def test_labels_stay_with_their_images() -> None:
 
 def test_a_split_depends_on_the_seed_alone() -> None:
     clean = samples(np.arange(480) % 12)
-    first, second, other = (split(clean, seed=seed).to_json() for seed in (3, 3, 4))
+    first, second, other = (split(clean, seed=seed, overlay_choice="greedy").to_json() for seed in (3, 3, 4))
     assert first == second
     assert all(first[name]["sha256"] != other[name]["sha256"] for name in PARTS)
 
@@ -119,21 +132,23 @@ def test_copies_of_an_image_count_once() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), seed=st.integers(0, 9))
-def test_groups_stay_whole_and_copies_across_groups_are_in_one_part(data: st.DataObject, seed: int) -> None:
+@given(data=st.data(), seed=st.integers(0, 9), choice=st.sampled_from(OVERLAY_CHOICES))
+def test_groups_stay_whole_and_copies_across_groups_are_in_one_part(
+    data: st.DataObject, seed: int, choice: str
+) -> None:
     sizes = data.draw(st.lists(st.integers(1, 9), min_size=120, max_size=160))
     groups = np.repeat(np.random.default_rng(seed).permutation(len(sizes)) * 7, sizes)
     clean = samples(groups % 5, groups)
     copies = data.draw(st.lists(st.integers(0, len(clean) - 1), max_size=20))
     clean.images[copies] = clean.images[0]
-    found = split(clean, seed=seed, least_calibration=2)
+    found = split(clean, seed=seed, least_calibration=2, overlay_count=5, overlay_choice=choice)
     assert_disjoint(found)
-    assert len(found.overlays) == 10
+    assert (len(found.overlays) == 5) == (len(found.selection) == 0) == (choice == "random")
     seen = [set(part.groups.tolist()) for part in vars(found).values() if part.groups is not None]
-    assert len(seen) == 4
+    assert len(seen) == 5
     assert sum(map(len, seen)) == len(set().union(*seen))
-    rest = len(set().union(*seen[1:]))
-    for name, part_groups in zip(PARTS[1:], seen[1:], strict=True):
+    rest = len(set().union(*seen[2:]))
+    for name, part_groups in zip(PARTS[2:], seen[2:], strict=True):
         assert abs(len(part_groups) - rest * {"calibration": 0.2, "validation": 0.15, "repair": 0.65}[name]) <= 2
 
 
@@ -148,7 +163,7 @@ def test_where_groups_are_scarce_overlays_share_them_evenly() -> None:
     found = split(samples(np.arange(1000) // 100 % 2, np.arange(1000) // 100))
     assert found.overlays.groups is not None
     assert np.unique(found.overlays.groups, return_counts=True)[1].tolist() == [5, 5]
-    assert found.sizes() == {"overlays": 10, "calibration": 100, "validation": 100, "repair": 600}
+    assert found.sizes() == {"overlays": 10, "selection": 0, "calibration": 100, "validation": 100, "repair": 600}
 
 
 def test_a_group_of_several_classes_counts_as_its_most_frequent_one() -> None:
@@ -159,6 +174,9 @@ def test_a_group_of_several_classes_counts_as_its_most_frequent_one() -> None:
 def test_too_few_groups_are_refused() -> None:
     with pytest.raises(CalibrationError, match="of 3 groups of images, those drawn for calibration have 0 images"):
         split(samples(np.zeros(300), np.arange(300) // 100))
+    lopsided = np.minimum(np.arange(300), 4)
+    with pytest.raises(CalibrationError, match="of 5 groups of images, those drawn for calibration have 0 images"):
+        split(samples(np.zeros(300), lopsided), overlay_choice="greedy")
 
 
 # Parts that are given
@@ -168,10 +186,23 @@ def test_given_parts_are_kept_and_none_of_their_images_is_drawn() -> None:
     clean = samples(np.arange(480) % 12)
     overlays, validation = clean.take(np.arange(10)), samples(np.arange(30) % 12, seed=1)
     found = split(clean, overlays=overlays, validation=validation)
-    np.testing.assert_array_equal(found.overlays.images, overlays.images)
-    np.testing.assert_array_equal(found.validation.labels, validation.labels)
-    assert found.sizes() == {"overlays": 10, "calibration": 470 * 20 // 85, "validation": 30, "repair": 360}
+    assert pixels_of(found.overlays) == pixels_of(overlays)
+    assert pixels_of(found.validation) == pixels_of(validation)
+    sizes = {"overlays": 10, "selection": 0, "calibration": 470 * 20 // 85, "validation": 30, "repair": 360}
+    assert found.sizes() == sizes
     assert_disjoint(found)
+
+
+def test_given_parts_are_shuffled_by_the_seed_with_their_labels() -> None:
+    by_class = samples(np.repeat(np.arange(12), 40))
+    parts = {name: samples(np.repeat(np.arange(10), 4), seed=seed) for seed, name in enumerate(PARTS[2:], start=1)}
+    first, second, other = (split(by_class, seed=seed, **parts) for seed in (3, 3, 4))
+    for name, part in parts.items():
+        shuffled = getattr(first, name)
+        assert np.any(np.diff(shuffled.labels) < 0)
+        assert shuffled.labels.tolist() == (shuffled.images[:, 0, 0, 1] // 4).tolist()
+        assert pixels_of(shuffled) == pixels_of(part)
+    assert first.to_json() == second.to_json() != other.to_json()
 
 
 def test_a_group_with_an_image_in_a_given_part_is_not_drawn() -> None:
@@ -184,14 +215,13 @@ def test_a_group_with_an_image_in_a_given_part_is_not_drawn() -> None:
 @pytest.mark.parametrize("name", PARTS)
 def test_one_part_alone_can_be_drawn(name: str) -> None:
     given_parts = {
-        other: samples(np.arange(10 if other == "overlays" else 40) % 12, seed=seed)
-        for seed, other in enumerate(PARTS, start=1)
-        if other != name
+        other: samples(np.arange(40) % 12, seed=seed) for seed, other in enumerate(PARTS, start=1) if other != name
     }
     clean = samples(np.repeat(np.arange(12), 40))
-    found = split(clean, **given_parts)
-    assert len(getattr(found, name)) == (10 if name == "overlays" else 480)
-    assert len(set(getattr(found, name).labels.tolist())) >= 10
+    found = split(clean, overlay_choice="greedy", **given_parts)
+    drawn = {"overlays": 64, "selection": 19 + (480 - 19) // 8}.get(name, 480)
+    assert found.sizes() == {other: len(part) for other, part in given_parts.items()} | {name: drawn}
+    assert len(set(getattr(found, name).labels.tolist())) == 12
     assert_disjoint(found)
 
 
@@ -202,7 +232,7 @@ def test_no_clean_data_is_needed_where_all_parts_are_given(with_repair: bool) ->
     if with_repair:
         parts["repair"] = samples(np.zeros(2), seed=4)
     found = split(None, with_repair=with_repair, **parts)
-    assert found.sizes() == {"overlays": 10, "calibration": 19, "validation": 2, "repair": 2 if with_repair else 0}
+    assert list(found.sizes().values()) == [10, 0, 19, 2, 2 if with_repair else 0]
     assert found.repair.images.shape[1:] == (2, 2, 3)
 
 
@@ -220,12 +250,28 @@ def test_copies_in_a_given_part_count_once() -> None:
             "overlays and calibration share 10, overlays and repair share 9, calibration and repair share 9 images",
         ),
         ({"overlays": samples(np.zeros(12))}, DataError, "got 12 distinct images, expected 10; .* ask for 12 overlays"),
+        (
+            {"overlays": samples(np.arange(79) // 2), **GREEDY},
+            DataError,
+            "got 79 .* at least 80 to choose 20 from; give more",
+        ),
+        (
+            {"selection": samples(np.zeros(18)), **GREEDY},
+            CalibrationError,
+            "selection data: got 18 .* at least 19; .*FRR",
+        ),
+        (
+            {"selection": samples(np.zeros(40))},
+            InputError,
+            "selection data: got some, .* where chance chooses the over",
+        ),
         ({"calibration": samples(np.zeros(18))}, CalibrationError, "calibration data: got 18 .* at least 19; .*FRR"),
         ({"validation": samples(np.zeros(1))}, CalibrationError, "validation data: got 1 .* at least 2; give more$"),
         ({"repair": samples(np.zeros(1))}, CalibrationError, "repair data: got 1 distinct"),
         ({"repair": samples(np.zeros(9)), "with_repair": False}, InputError, "where nothing is repaired"),
         ({}, InputError, "got none, expected some to draw from: overlays, calibration, validation, repair"),
         ({"overlays": samples(np.zeros(10))}, InputError, "to draw from: calibration, validation, repair"),
+        ({"overlays": samples(np.zeros(80)), **GREEDY}, InputError, "to draw from: selection, calibration"),
     ],
 )
 def test_given_parts_that_will_not_do_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -236,9 +282,13 @@ def test_given_parts_that_will_not_do_are_named(options: dict[str, Any], error: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "got 50 distinct images, expected at least 105: 10 are overlays, 20% of the others are for calibration"),
+        ({}, "got 50 distinct images, expected at least 105: 10 are for overlays, 20% of the others are for calibrat"),
+        ({**GREEDY, "overlay_count": 100}, "expected at least 514: 400 are for overlays, 19 are for selection, 20% of"),
         ({"with_repair": False, "least_calibration": 99}, "expected at least 134: .*80% of the others.*99 are needed"),
-        ({"calibration": samples(np.zeros(30), seed=1), "overlay_count": 45}, "at least 56: 45 are overlays, 19% of"),
+        (
+            {"calibration": samples(np.zeros(30), seed=1), "overlay_count": 45},
+            "at least 56: 45 are for overlays, 19% of",
+        ),
         ({"overlays": samples(np.zeros(10))}, "got 40 distinct images, expected at least 95: 20% of the others"),
     ],
 )
@@ -248,13 +298,23 @@ def test_too_few_clean_images_are_refused_with_the_number_needed(options: dict[s
 
 
 @settings(max_examples=40, deadline=None)
-@given(overlays=st.integers(1, 40), least=st.integers(1, 60), with_repair=st.booleans())
-def test_the_number_named_is_enough_and_one_fewer_is_not(overlays: int, least: int, with_repair: bool) -> None:
-    options = {"overlay_count": overlays, "least_calibration": least, "with_repair": with_repair}
+@given(
+    overlays=st.integers(1, 40),
+    least=st.integers(1, 60),
+    with_repair=st.booleans(),
+    choice=st.sampled_from(OVERLAY_CHOICES),
+    further=st.integers(0, 500),
+)
+def test_the_number_named_is_enough_and_one_fewer_is_not(
+    overlays: int, least: int, with_repair: bool, choice: str, further: int
+) -> None:
+    options: dict[str, Any] = {"overlay_count": overlays, "least_calibration": least, "with_repair": with_repair}
+    options["overlay_choice"] = choice
     with pytest.raises(CalibrationError, match="expected at least") as caught:
         split(samples([0]), **options)
     needed = int(str(caught.value).split("expected at least ")[1].split(":")[0])
-    found = split(samples(np.arange(needed) % 3), **options)
+    found = split(samples(np.arange(needed + further) % 3), **options)
     assert found.sizes()["calibration"] >= least
+    assert len(found.overlays) >= (4 * overlays if choice == "greedy" else overlays)
     with pytest.raises(CalibrationError, match=f"got {needed - 1} distinct"):
         split(samples(np.arange(needed - 1) % 3), **options)
