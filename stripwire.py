@@ -24,7 +24,7 @@ try:
 except ModuleNotFoundError as _error:
     sys.exit(f"error: the command line needs {_error.name}: pip install 'stripwire[all]' (or a part of it)")
 
-from detector.errors import InputError, SetupError, StripwireError
+from detector.errors import InputError, ServerError, SetupError, StripwireError
 
 if TYPE_CHECKING:
     from client.api import GuardedClient
@@ -222,6 +222,9 @@ def export(
     overlay_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("overlays"))] = None,
     calibration_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("calibration"))] = None,
     validation_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("validation"))] = None,
+    selection_images: Annotated[
+        Path | None, typer.Option(exists=True, help=_PART.format("the greedy choice of overlays"))
+    ] = None,
     repair_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("repair"))] = None,
     resize: Annotated[bool, typer.Option("--resize", help="Resize images to what the model takes.")] = False,
     scale: Annotated[Scale, typer.Option(help="What the network expects of pixels: unit is pixel / 255.")] = "unit",
@@ -286,6 +289,7 @@ def export(
     )
     given = {
         "overlays": overlay_images,
+        "selection": selection_images,
         "calibration": calibration_images,
         "validation": validation_images,
         "repair": repair_images,
@@ -338,7 +342,11 @@ def serve(
 ) -> None:
     """Serve a model repository with the pip-installed Triton, until Ctrl-C."""
     from deploy.embedded.server import EmbeddedTriton
+    from exporter.publishing import locked
 
+    if not repository.exists():
+        with locked(repository):
+            pass  # which brings back what a killed command was replacing
     server = EmbeddedTriton(
         repository,
         mode=mode,
@@ -432,7 +440,7 @@ def calibrate(
     with controlled(url, control_token, timeout, token, tls, tls_ca, tls_key, tls_cert) as control:
         with progress() as report:
             result = recalibrate(repository, clean, options, on_progress=report)
-        served = switch(control, repository)
+        served = switch(control, repository, back_to=result.base)
     for note in result.notes:
         errors.print(note, markup=False, highlight=False)
     if as_json:
@@ -470,11 +478,15 @@ def rollback(
     tls_cert: ClientCertificate = None,
 ) -> None:
     """Go back to the version before, or to any other; no version is lost."""
+    from exporter.publishing import locked
     from exporter.repository import activate
+    from model_repository.manifest import read_manifest
 
     with controlled(url, control_token, timeout, token, tls, tls_ca, tls_key, tls_cert) as control:
+        with locked(repository):
+            before = read_manifest(repository)["active"]
         active = activate(repository, to)
-        served = switch(control, repository)
+        served = switch(control, repository, back_to=before)
     if as_json:
         print_json({"repository": str(repository), "version": active, "served": served})
         return
@@ -676,8 +688,12 @@ def figure(rate: Proportion | None) -> str:
     return f"{100 * rate.rate:.1f} %\n{100 * rate.low:.1f}-{100 * rate.high:.1f}\nn={rate.count}"
 
 
-def switch(control: ModelControl | None, repository: Path) -> str | None:
-    """Have the server, if there is one to tell, serve the active version; return what it serves then."""
+def switch(control: ModelControl | None, repository: Path, back_to: str | None = None) -> str | None:
+    """Have the server, if there is one to tell, serve the active version; return what it serves then.
+
+    Where it cannot, `back_to`, the version that was active before, is made active again: a server that is started next
+    would not come up with the other one either.
+    """
     from exporter.publishing import locked
     from model_repository.manifest import verify_repository
 
@@ -686,8 +702,25 @@ def switch(control: ModelControl | None, repository: Path) -> str | None:
     with locked(repository), console.status("The server loads the version …"):
         manifest = verify_repository(repository)
         active: str = manifest["active"]
-        control.switch(active, manifest["versions"][active]["models"])
+        try:
+            control.switch(active, manifest["versions"][active]["models"])
+        except ServerError as error:
+            if back_to in (None, active):
+                raise
+            raise ServerError(f"{error}\n{went_back(repository, manifest, back_to)}") from error
     return active
+
+
+def went_back(repository: Path, manifest: dict[str, Any], version: str) -> str:
+    """Make a version active again, and say so; where that fails, say what to do."""
+    from exporter.repository import make_active
+
+    try:
+        make_active(repository, manifest, version)
+    except (StripwireError, OSError) as error:
+        line = shlex.join(["stripwire", "rollback", str(repository), "--to", version])
+        return f"Version {manifest['active']} is still active in {repository} ({error}); to go back: {line}"
+    return f"Version {version} is active in {repository} again; version {manifest['active']} stays in it, not active."
 
 
 def tell_how_to_switch(repository: Path, served: str | None) -> None:

@@ -92,7 +92,7 @@ class ModelControl:
 
         Raises:
             AccessDeniedError: the server asks for another control token.
-            ServerError: the version could not be loaded; the server goes on with the one it had.
+            ServerError: the version could not be loaded; the server goes on with the one it had, so far as is known.
         """
         self.check_access()
         old, old_models = self.served()
@@ -104,18 +104,21 @@ class ModelControl:
                 self._load(name, {old_models[name], models[name]})
             self._exchange(version)
         except ServerError as error:
-            goes_on = old
+            goes_on, goes_on_models = old, old_models
             with suppress(ServerError):  # what matters is the first error
-                goes_on, now_models = self.served()
+                goes_on, goes_on_models = self.served()
+            if goes_on != version:  # else the answer alone was lost
+                with suppress(ServerError):
+                    for name in renewed:
+                        self._load(name, {goes_on_models[name]})
+                raise ServerError(
+                    f"version {version} could not be put in place of {old}, and the server goes on with version "
+                    f"{goes_on}: {error}"
+                ) from error
+        with suppress(ServerError):  # it is done; what stays of the old version goes when it is switched next
+            if self._is_idle(old):
                 for name in renewed:
-                    self._load(name, {now_models[name]})
-            raise ServerError(
-                f"version {version} could not be put in place of {old}, and the server goes on with version {goes_on}: "
-                f"{error}"
-            ) from error
-        if self._is_idle(old):
-            for name in renewed:
-                self._load(name, {models[name]})
+                    self._load(name, {models[name]})
         return True
 
     def _exchange(self, version: str) -> None:
@@ -143,6 +146,6 @@ class ModelControl:
         give_up_at = time.monotonic() + _LONGEST_REQUEST_SECONDS
         while self.states().get((ENSEMBLE, version)) not in (None, "UNAVAILABLE"):
             if time.monotonic() > give_up_at:
-                return False  # they go when the version is switched next
+                return False
             time.sleep(_POLL_SECONDS)
         return True

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,14 +17,16 @@ from PIL import Image
 import stripwire
 from client.api import GuardedClient
 from deploy.embedded.server import EmbeddedTriton
-from detector.calibration import METHODS
+from detector.calibration import METHODS, Calibration
 from detector.serving import MODES, read_thresholds
+from exporter import repository as repositories
 from exporter.augmentation import AUGMENTATIONS
 from exporter.badnet import NETWORKS
 from exporter.keras_files import ARCHITECTURES
 from exporter.overlays import OVERLAY_CHOICES
 from exporter.preprocessing import SCALES
 from exporter.repair import REPAIRS
+from model_repository.manifest import verify_repository
 from samples.hdf5 import read_hdf5
 from samples.triggers import TRIGGERS
 
@@ -276,3 +278,52 @@ def test_a_repository_that_was_altered_is_not_loaded_into_a_server(
     assert run(monkeypatch, "reload", live.repository, "--url", live.grpc_address) == 2
     assert "strip_perturb/2/model.py was altered" in capsys.readouterr().err
     assert served_version(live) == "1"
+
+
+def test_a_version_that_the_server_cannot_load_does_not_stay_active(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], live: EmbeddedTriton, badnet: Path
+) -> None:
+    def write_broken(repository: Path, version: str, calibration: Calibration) -> None:
+        write_calibration(repository, version, calibration)
+        (repository / "strip_verdict" / version / "calibration.json").write_text("{}")
+
+    write_calibration = repositories._write_calibration
+    monkeypatch.setattr(repositories, "_write_calibration", write_broken)
+    url = ("--url", live.grpc_address)
+    assert run(monkeypatch, "calibrate", live.repository, "--clean", badnet / "clean_validation_data.h5", *url) == 1
+    said = capsys.readouterr().err
+    assert "version 2 could not be put in place of 1, and the server goes on with version 1" in said
+    assert f"Version 1 is active in {live.repository} again; version 2 stays in it, not active." in said
+    assert verify_repository(live.repository)["active"] == served_version(live) == "1"
+
+    assert run(monkeypatch, "rollback", live.repository, "--to", "2", *url) == 1
+    assert f"Version 1 is active in {live.repository} again" in capsys.readouterr().err
+
+    def fail_to_go_back(repository: Path, manifest: dict[str, Any], version: str) -> None:
+        if version == "1":
+            raise OSError("disk full")
+        make_active(repository, manifest, version)
+
+    make_active = repositories.make_active
+    monkeypatch.setattr(repositories, "make_active", fail_to_go_back)
+    assert run(monkeypatch, "rollback", live.repository, "--to", "2", *url) == 1
+    said = capsys.readouterr().err
+    assert f"Version 2 is still active in {live.repository} (disk full); to go back: stripwire rollback" in said
+    assert f"stripwire rollback {live.repository} --to 1" in said
+    assert run(monkeypatch, "reload", live.repository, *url) == 1  # which changed nothing that could go back
+    assert "active in" not in capsys.readouterr().err
+    assert verify_repository(live.repository)["active"] == "2"
+
+
+def test_a_repository_that_was_just_being_replaced_is_served(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(repository, tmp_path / ".repository.old")  # where a kill between two renames leaves it
+
+    def start(server: EmbeddedTriton) -> None:
+        verify_repository(server.repository)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EmbeddedTriton, "start", start)
+    assert run(monkeypatch, "serve", tmp_path / "repository") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["repository"]

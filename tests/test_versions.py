@@ -180,6 +180,35 @@ def test_a_server_on_another_repository_is_left_as_it_was(repository: Path, tmp_
     assert traffic.failures == []
 
 
+class LosesAnAnswer(GuardedClient):
+    """A client that does not get one answer about the ensemble, though what it asked for is done."""
+
+    answers_left = 0
+
+    def ask(self, model: str, call: Callable[..., Any]) -> Any:
+        answer = super().ask(model, call)
+        if model == "guarded":
+            self.answers_left -= 1
+            if self.answers_left == -1:
+                raise ServerError("the answer was lost")
+        return answer
+
+
+@pytest.mark.parametrize(
+    "answers", [3, 5, 6]
+)  # to the exchange, to what is served then, to whether the old one is idle
+def test_a_switch_whose_answer_alone_is_lost_has_succeeded(repository: Path, answers: int) -> None:
+    with EmbeddedTriton(repository) as server:
+        headers = control_headers(server.control_token)
+        client = LosesAnAnswer(server.grpc_address, headers=headers, timeout_seconds=120)
+        with client:
+            client.answers_left = answers
+            activate(repository, "2")
+            assert switch_to_active(ModelControl(client), repository)
+            assert client.answers_left < 0
+            assert ModelControl(client).served()[0] == "2"
+
+
 @pytest.mark.parametrize("token", [None, "a-wrong-one-of-some-length"])
 def test_without_the_token_no_model_can_be_loaded(repository: Path, token: str | None) -> None:
     with EmbeddedTriton(repository) as server:
