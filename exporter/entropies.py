@@ -48,15 +48,19 @@ def entropy_matrix(
         (images, perturbations), float32, in bits.
     """
     weighted = weighted_overlays(overlays, alpha)
-    step = max(1, min(_MAX_BATCH, _MAX_BATCH_BYTES // weighted.nbytes))
+    most = max(1, _MAX_BATCH_BYTES // weighted[0].nbytes)
+    width = min(most, len(overlays))
+    height = min(_MAX_BATCH, most // width)
     matrix = np.empty((len(images), len(overlays)), dtype=np.float32)
-    for start in range(0, len(images), step):
-        batch = images[start : start + step]
-        (probabilities,) = session.run(None, {"perturbations": perturb(batch, weighted, alpha)})
-        rows = probabilities.reshape(-1, 1, probabilities.shape[-1])
-        matrix[start : start + step] = entropy_bits(rows).reshape(probabilities.shape[:2])
+    for start in range(0, len(images), height):
+        rows = slice(start, start + height)
+        for first in range(0, len(overlays), width):
+            columns = slice(first, first + width)
+            (probabilities,) = session.run(None, {"perturbations": perturb(images[rows], weighted[columns], alpha)})
+            one_by_one = probabilities.reshape(-1, 1, probabilities.shape[-1])
+            matrix[rows, columns] = entropy_bits(one_by_one).reshape(probabilities.shape[:2])
         if on_progress is not None:
-            on_progress(description, start + len(batch), len(images))
+            on_progress(description, min(start + height, len(images)), len(images))
     return matrix
 
 

@@ -10,7 +10,7 @@ import pytest
 import stripwire
 from detector.calibration import ThresholdRule
 from exporter.commands import commands
-from exporter.export import Data, ExportOptions
+from exporter.export import PARTS, Data, ExportOptions
 from exporter.preprocessing import Preprocessing
 from exporter.repair import RepairOptions
 
@@ -40,9 +40,10 @@ class _CaughtError(Exception):
 def test_it_says_all_that_shapes_the_result(
     options: ExportOptions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name in ("net.keras", "clean.h5", "attack.h5", "my overlays.npz"):
-        (tmp_path / name).touch()
-    data = Data(tmp_path / "clean.h5", {"overlays": tmp_path / "my overlays.npz"}, tmp_path / "attack.h5")
+    parts = {name: tmp_path / f"my {name}.npz" for name in PARTS}
+    for path in (tmp_path / "net.keras", tmp_path / "clean.h5", tmp_path / "attack.h5", *parts.values()):
+        path.touch()
+    data = Data(tmp_path / "clean.h5", parts, tmp_path / "attack.h5")
     export, serve = commands(tmp_path / "net.keras", data, tmp_path / "out", options)
     assert serve == ("stripwire", "serve", str(tmp_path / "out"))
     caught: list[Any] = []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +126,7 @@ def test_the_matrix_averages_to_the_entropies_that_are_served(
         matrix = entropy_matrix(session, images[:40], images[40:46], 0.5)
         assert matrix.shape == (40, 6)
         np.testing.assert_allclose(matrix.mean(axis=1), entropy_bits(probabilities), atol=1e-5)
-        monkeypatch.setattr("exporter.entropies._MAX_BATCH_BYTES", 1)  # one image at a time
+        monkeypatch.setattr("exporter.entropies._MAX_BATCH_BYTES", 1)  # one perturbation at a time
     assert entropy_matrix(session, images[:0], images[:3], 0.5).shape == (0, 3)
 
 
@@ -195,6 +198,33 @@ def test_a_repository_that_changed_meanwhile_is_not_overwritten(
     with pytest.raises(RepositoryError, match="version 2 became active while version 1 was calibrated again"):
         recalibrate(exported, new_data, RecalibrationOptions())
     assert list(verify_repository(exported)["versions"]) == ["1", "2"]
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from exporter import recalibration, repository
+
+def killed(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+module, name = {"measuring": (recalibration, "entropy_matrix"), "writing": (repository, "write_manifest")}[sys.argv[1]]
+setattr(module, name, killed)
+recalibration.recalibrate(Path(sys.argv[2]), Path(sys.argv[3]), recalibration.RecalibrationOptions())
+"""
+
+
+@pytest.mark.parametrize("place", ["measuring", "writing"])
+def test_a_calibration_that_is_killed_can_be_run_again_and_leaves_no_debris(
+    exported: Path, new_data: Path, place: str
+) -> None:
+    root = Path(__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", _KILLED, place, exported, new_data], cwd=root, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert list(verify_repository(exported)["versions"]) == ["1"]
+    assert recalibrate(exported, new_data, RecalibrationOptions()).version == "2"
+    assert list(verify_repository(exported)["versions"]) == ["1", "2"]
+    assert sorted(path.name for path in exported.parent.iterdir()) == ["exported", "new.h5"]
 
 
 @pytest.mark.parametrize(
