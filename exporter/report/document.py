@@ -13,7 +13,7 @@ is {rate, low, high, successes, count}: the rate, its exact 95 % interval, and w
 - `guard`: {detector, threshold_bits, threshold_nll, method, target_frr, frr_low, frr_high, images, note, alpha,
   overlays, frr, far, auroc}. `frr_low` to `frr_high` is the 95 % range that calibration expects; the proportions `frr`
   (held-out clean images rejected) and `far` (trojaned images accepted) were measured, of the verdicts; AUROC is that of
-  the p-values.
+  the p-values, or where STRIP decides alone, of the entropies.
 - `strip`: {frr, far, auroc}: likewise, of the threshold on the entropy alone.
 - `consensus`: {held_out, trojaned}, each [[entropy in bits, nll in nats]]; null where STRIP decides alone.
 - `histogram`: {edges_bits, calibration, held_out, trojaned}: images in each bin; one edge more than bins.
@@ -61,13 +61,13 @@ def document(data: ReportData) -> dict[str, Any]:
     else:
         far = _share(~calibration.rejects(trojaned, data.trojaned_nlls))
         strip_far, strip_area = _share(~is_trojaned(trojaned, threshold)), auroc(-held_out, -trojaned)
-        p_values = [
-            calibration.regions.p_value(entropies, nlls)
-            for entropies, nlls in ((held_out, data.held_out_nlls), (trojaned, data.trojaned_nlls))
-        ]
-        area = auroc(-p_values[0], -p_values[1])
+        area = strip_area
         if data.held_out_nlls is not None:
-            guard_roc = _roc(*p_values)
+            p_values = [
+                calibration.regions.p_value(entropies, nlls)
+                for entropies, nlls in ((held_out, data.held_out_nlls), (trojaned, data.trojaned_nlls))
+            ]
+            area, guard_roc = auroc(-p_values[0], -p_values[1]), _roc(*p_values)
     written = {
         "format": FORMAT,
         "model": data.model_name,
@@ -185,7 +185,8 @@ def _opinions(
     return {"held_out": np.stack([held_out, data.held_out_nlls], axis=1), "trojaned": shown}
 
 
-def _roc(clean: NDArray[np.float64], trojaned: NDArray[np.float64]) -> dict[str, Any]:
+def _roc(clean: NDArray[np.floating[Any]], trojaned: NDArray[np.floating[Any]]) -> dict[str, Any]:
+    """Return the corners of the curve of scores, (images,) each, of which the low ones are suspicious."""
     thresholds = np.unique(np.concatenate([clean, trojaned]))
     rates = np.stack([_at_or_under(group, thresholds) for group in (clean, trojaned)])
     rates = np.concatenate([np.zeros((2, 1)), rates], axis=1)
@@ -211,7 +212,7 @@ def _thresholds(
     }
 
 
-def _at_or_under(entropies: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+def _at_or_under(entropies: NDArray[np.floating[Any]], thresholds: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """Return the share of entropies, (images,), at or under each threshold, (thresholds,)."""
     return np.asarray(np.searchsorted(np.sort(entropies), thresholds, side="right") / len(entropies))
 

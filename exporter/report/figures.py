@@ -180,6 +180,7 @@ def _consensus(numbers: dict[str, Any]) -> Drawn:
         axes.axhline(nats, color=_TEXT, linestyle="--", linewidth=1)
         # What both agree on is crowded at 0, and what they do not spreads over orders of magnitude.
         axes.set_yscale("symlog", linthresh=0.1)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("entropy (bits)")

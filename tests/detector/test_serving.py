@@ -53,8 +53,8 @@ def write_detector(folder: Path, threshold_nll: float | None) -> None:
     calibration = {"threshold_bits": 0.5, "threshold_nll": threshold_nll}
     (folder / "1" / "calibration.json").write_text(json.dumps(calibration))
     (folder / "1" / "detector.json").write_text(json.dumps({"detector": DETECTORS[threshold_nll is not None]}))
-    scores = [np.arange(1.0, 20.0) / 10] if threshold_nll is None else [np.arange(1.0, 20.0) / 10, np.arange(19.0) / 5]
-    regions = peel(*scores, strip_share=1.0 if threshold_nll is None else 0.5)
+    entropies, nlls = np.arange(1.0, 20.0) / 10, np.arange(19.0) / 5
+    regions = peel(entropies) if threshold_nll is None else peel(entropies, nlls, 0.5)
     np.savez(folder / "1" / "regions.npz", **vars(regions))
 
 

@@ -193,8 +193,8 @@ class Alone(Strict):
 
 
 class Opinions(Strict):
-    held_out: list[tuple[float | None, float]]
-    trojaned: list[tuple[float | None, float]] | None
+    held_out: list[list[float | None]]
+    trojaned: list[list[float | None]] | None
 
 
 class Histogram(Strict):
@@ -439,7 +439,7 @@ def test_rates_and_curves_by_hand() -> None:
     assert (numbers["guard"]["frr"]["successes"], numbers["guard"]["far"]["successes"]) == (1, 2)
     # Pairs in the right order: 4, 3, 2.5, 4 of 4.
     assert numbers["guard"]["auroc"] == pytest.approx(13.5 / 16)
-    assert numbers["roc"] == {
+    assert numbers["roc"]["strip"] == {
         "frr": [0.0, 0.0, 0.25, 0.25, 0.5, 1.0],
         "detection_rate": [0.0, 0.5, 0.5, 0.75, 1.0, 1.0],
     }
@@ -451,7 +451,7 @@ def test_rates_and_curves_by_hand() -> None:
 
 def test_the_area_under_the_curve_is_the_auroc() -> None:
     numbers = document(report_data())
-    area = trapezoid(numbers["roc"]["detection_rate"], numbers["roc"]["frr"])
+    area = trapezoid(numbers["roc"]["strip"]["detection_rate"], numbers["roc"]["strip"]["frr"])
     assert area == pytest.approx(numbers["guard"]["auroc"])
 
 
