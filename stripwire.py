@@ -49,7 +49,7 @@ _CAPTION = "share of images, its 95 % interval, and how many images"
 _PART = "Data for the {} alone, instead of a share of --clean."
 _DEMO_TITLE = f"A BadNet, fine-pruned as published, repaired by distillation, and guarded\n{_CAPTION}"
 
-ALONE = "the repair changed nothing, so there is no second opinion: STRIP decides alone, as with --detector strip"
+ALONE = "the repair changed nothing, so the repaired network is not asked: the entropy decides alone"
 
 _STEPS_SHOWN = 12
 
@@ -307,7 +307,7 @@ def export(
         f"Threshold {thresholds(calibration)} from {calibration.images} clean images: further clean inputs are "
         f"rejected at {calibration.frr_low:.1%} to {calibration.frr_high:.1%} (95 %)."
     )
-    if calibration.detector != detector:
+    if detector == "consensus" and not calibration.asks_repaired:
         warn(ALONE)
     if repair != "none" and not result.repair.changed:
         warn(
@@ -445,7 +445,7 @@ def calibrate(
         f"images it rejects {calibration.calibration_frr:.1%}, and of further ones {calibration.frr_low:.1%} to "
         f"{calibration.frr_high:.1%} (95 %)."
     )
-    if detector is not None and calibration.detector != detector:
+    if detector == "consensus" and not calibration.asks_repaired:
         warn(ALONE)
     warn(calibration.note or None)
     say(f"Version {result.version}, written to {repository}, is active in place of {result.base}.")

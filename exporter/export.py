@@ -175,7 +175,7 @@ def export(
         return entropy_matrix(session, samples.images, overlays, options.alpha, on_progress, description)
 
     entropies = entropies_of(split.calibration, "Calibrating STRIP")
-    calibration = options.rule.calibrate(entropies.mean(axis=1))  # fails, if at all, before the repair
+    calibration = options.rule.calibrate(entropies)  # fails, if at all, before the repair
 
     repair = repair_network(
         model,
@@ -195,7 +195,7 @@ def export(
         return measure_nlls(session, repaired_session, samples.images, on_progress)
 
     if options.rule.detector == "consensus" and repair.changed:
-        calibration = options.rule.calibrate(entropies.mean(axis=1), nlls_of(split.calibration))
+        calibration = options.rule.calibrate(entropies, nlls_of(split.calibration))
 
     before, after = (_scores(network, split.validation, attack, preprocessing) for network in (model, repair.model))
     inputs = {"model": model_path, "clean": data.clean, "attack": data.attack, **data.parts}

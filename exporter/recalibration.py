@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from detector.calibration import Calibration, ThresholdRule
 from detector.errors import CalibrationError, InputError
-from detector.serving import read_detector, read_overlays, read_thresholds
+from detector.serving import read_overlays, read_plain_first, read_thresholds
 from detector.strip import check_alpha
-from exporter.entropies import OnProgress, entropy_matrix, measure_entropies, measure_nlls, open_graph
+from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, open_graph
 from exporter.inputs import InputReader
 from exporter.overlays import OVERLAY_CHOICES, choose_greedily
 from exporter.publishing import check_writable
@@ -148,7 +148,7 @@ def recalibrate(
             overlays = candidates[choose_greedily(matrix, count, options.rule.target_frr)]
         else:
             overlays = candidates
-    entropies = measure_entropies(session, images[parts.calibration], overlays, alpha, on_progress)
+    entropies = entropy_matrix(session, images[parts.calibration], overlays, alpha, on_progress, "Calibrating STRIP")
     nlls = None
     if detector == "consensus" and manifest["versions"][str(models["repaired"])]["repair"]["changed"]:
         repaired = open_graph(folders["repaired"] / "model.onnx")
@@ -167,10 +167,10 @@ def recalibrate(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("stripwire", "numpy", "onnxruntime")},
     }
-    as_before = options.keep_overlays and calibration.detector == read_detector(folders["strip_perturb"])
+    as_before = options.keep_overlays and calibration.asks_repaired == read_plain_first(folders["strip_perturb"])
     changed = Recalibrated(calibration, None if as_before else overlays, alpha, provenance)
     number = write_recalibration(repository, base, changed)
-    base_threshold_bits, _ = read_thresholds(folders["strip_verdict"])
+    _, base_threshold_bits, _ = read_thresholds(folders["strip_verdict"])
     notes = tuple(reader.notes)
     return Recalibration(repository, number, base, base_threshold_bits, calibration, notes, provenance)
 
