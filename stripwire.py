@@ -244,7 +244,10 @@ def export(
     batch_size: Annotated[int, typer.Option(help="Images in a step of fine-tuning.")] = 64,
     overlays: Annotated[int, typer.Option(help="Perturbations that STRIP makes of an input.")] = 10,
     overlay_choice: Annotated[OverlayChoice, typer.Option(help="Chance, or the best of a pool.")] = "random",
-    alpha: Annotated[float, typer.Option(help="Weight of the input in the blend; the overlay gets the rest.")] = 0.5,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Weight of the input in the blend.", show_default="0.5 for strip, 0.7 for consensus"),
+    ] = None,
     detector: Annotated[Detector, typer.Option(help="STRIP alone, or joined by the repaired network.")] = "strip",
     calibration_method: Annotated[
         CalibrationMethod | None, typer.Option(help="Order statistic, fitted normal distribution, or as given.")

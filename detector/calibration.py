@@ -19,6 +19,9 @@ from detector.strip import is_trojaned
 STRIP_SHARE = 0.5
 """STRIP's share of the false rejections that the consensus detector may make; see docs/detection.md."""
 
+ALPHAS = {"strip": 0.5, "consensus": 0.7}
+"""Weight of the input in the blend that each detector has by default; STRIP's is the source report's."""
+
 METHODS = ("quantile", "normal", "fixed")
 """How a threshold comes about: an order statistic, a fitted normal distribution, or as given."""
 

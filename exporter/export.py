@@ -16,7 +16,7 @@ import onnxruntime
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from detector.calibration import Calibration, ThresholdRule
+from detector.calibration import ALPHAS, Calibration, ThresholdRule
 from detector.errors import DataError, InputError, ModelRefusedError
 from detector.strip import check_alpha
 from exporter.classifier import with_probabilities
@@ -55,7 +55,7 @@ class ExportOptions:
         repair: how to repair.
         overlays: how many perturbations STRIP makes of an input.
         overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
-        alpha: weight of the input in the blend; the overlay gets 1 - alpha.
+        alpha: weight of the input in the blend; the overlay gets 1 - alpha. None for the detector's, see `ALPHAS`.
         rule: how to choose the threshold.
         seed: of the split, of the overlays and of everything random in the repair.
     """
@@ -66,19 +66,24 @@ class ExportOptions:
     repair: RepairOptions = field(default_factory=RepairOptions)
     overlays: int = 10
     overlay_choice: str = "random"
-    alpha: float = 0.5
+    alpha: float | None = None
     rule: ThresholdRule = field(default_factory=ThresholdRule)
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise InputError for an option that makes no sense."""
-        check_alpha(self.alpha)
+        check_alpha(self.input_weight)
         if not 1 <= self.overlays <= 1000:
             raise InputError(f"overlays: got {self.overlays}, expected 1 to 1000 (10 is usual)")
         if self.overlay_choice not in OVERLAY_CHOICES:
             raise InputError(
                 f"overlay choice: got {self.overlay_choice!r}, expected one of {', '.join(OVERLAY_CHOICES)}"
             )
+
+    @property
+    def input_weight(self) -> float:
+        """Weight of the input in the blend."""
+        return ALPHAS[self.rule.detector] if self.alpha is None else self.alpha
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ def export(
     overlays = _choose_overlays(session, split, options, on_progress)
 
     def entropies_of(samples: Samples, description: str = "Measuring STRIP") -> NDArray[np.float32]:
-        return entropy_matrix(session, samples.images, overlays, options.alpha, on_progress, description)
+        return entropy_matrix(session, samples.images, overlays, options.input_weight, on_progress, description)
 
     entropies = entropies_of(split.calibration, "Calibrating STRIP")
     calibration = options.rule.calibrate(entropies)  # fails, if at all, before the repair
@@ -211,7 +216,7 @@ def export(
         "parity_max_difference": parity,
         "versions": _versions(),
     }
-    served = ServedModel(badnet, repaired, overlays, options.alpha, calibration, classes, provenance)
+    served = ServedModel(badnet, repaired, overlays, options.input_weight, calibration, classes, provenance)
     report = collect(
         model_path=model_path,
         model=model,
@@ -222,7 +227,7 @@ def export(
         attack=attack,
         preprocessing=preprocessing,
         overlays=overlays,
-        alpha=options.alpha,
+        alpha=options.input_weight,
         calibration=calibration,
         calibration_entropies_bits=entropies,
         entropies_of=entropies_of,
@@ -298,7 +303,7 @@ def _choose_overlays(
     if options.overlay_choice == "random":
         return candidates
     selection = (split.repair if len(split.repair) else split.validation).images[:_SELECTION]
-    matrix = entropy_matrix(session, selection, candidates, options.alpha, on_progress)
+    matrix = entropy_matrix(session, selection, candidates, options.input_weight, on_progress)
     chosen: NDArray[np.uint8] = candidates[choose_greedily(matrix, options.overlays, options.rule.target_frr)]
     return chosen
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.calibration import Calibration, ThresholdRule
+from detector.calibration import ALPHAS, Calibration, ThresholdRule
 from detector.errors import CalibrationError, InputError
 from detector.serving import read_overlays, read_plain_first, read_thresholds
 from detector.strip import check_alpha
@@ -38,7 +38,8 @@ class RecalibrationOptions:
         rule: how to choose the thresholds; `detector` stands over its detector.
         detector: one of `detector.conformal.DETECTORS`; None for what it is.
         overlays: how many overlays to take from the new images; None for as many as there are.
-        alpha: weight of the input in the blend; None for what it is.
+        alpha: weight of the input in the blend; None for what it is, or where the detector changes with the overlays,
+            for the detector's, see `detector.calibration.ALPHAS`.
         overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
         resize: change the images' height and width to the network's instead of refusing them.
         keep_overlays: keep overlays and alpha, so that the threshold alone is new.
@@ -124,7 +125,8 @@ def recalibrate(
     check_writable(repository)
     manifest = verify_repository(repository)
     base = manifest["active"]
-    detector = options.detector or manifest["versions"][base]["calibration"]["detector"]
+    old_detector = manifest["versions"][base]["calibration"]["detector"]
+    detector = options.detector or old_detector
     options = replace(options, rule=replace(options.rule, detector=detector))
     models, contract = manifest["versions"][base]["models"], manifest["versions"][base]["contract"]
     height, width, channels = contract["image_shape"]
@@ -133,7 +135,8 @@ def recalibrate(
     images = samples.images
     folders = {name: repository / name / str(number) for name, number in models.items()}
     old_overlays, old_alpha = read_overlays(folders["strip_perturb"])
-    alpha = old_alpha if options.alpha is None else options.alpha
+    as_it_is = old_alpha if options.keep_overlays or detector == old_detector else ALPHAS[detector]
+    alpha = as_it_is if options.alpha is None else options.alpha
     count = len(old_overlays) if options.overlays is None else options.overlays
     session = open_graph(folders["badnet"] / "model.onnx")
 

@@ -24,9 +24,9 @@ def entropy_bits(perturbation_probabilities: NDArray[Any]) -> float:
 
 
 def geometric_mean(entropies: NDArray[Any]) -> float:
-    """Return the geometric mean of one input's entropies, (perturbations,), none of them counted as less than 2^-20."""
-    product = math.prod(max(float(entropy), 2.0**-20) for entropy in entropies)
-    return float(product ** (1 / len(entropies)))
+    """Return the geometric mean of one input's entropies, (perturbations,), none of them counted as less than 2^-40."""
+    logs = [math.log2(max(float(entropy), 2.0**-40)) for entropy in entropies]
+    return float(2.0 ** (sum(logs) / len(logs)))
 
 
 def deepid(weights: Sequence[NDArray[Any]], pixels: NDArray[np.float64]) -> NDArray[np.float64]:
