@@ -132,9 +132,9 @@ def demo(
     networks: dict[str, NetworkResult | GuardedResult] = {
         "original": result.ours.original,
         "fine-pruned": result.published.repaired,
-        "fine-pruned, STRIP*": result.published.guarded,
+        "  + STRIP*": result.published.guarded,
         "distilled": result.ours.repaired,
-        "distilled, consensus*": result.ours.guarded,
+        "  + consensus*": result.ours.guarded,
     }
     console.print(rates_table(_DEMO_TITLE, networks))
     warn(result.shortfall)
@@ -587,7 +587,7 @@ def evaluate(
     networks: dict[str, NetworkResult | GuardedResult] = {
         "original": result.original,
         "repaired": result.repaired,
-        "repaired, guarded*": result.guarded,
+        "guarded*": result.guarded,
     }
     console.print(rates_table(escape(f"Through {url}\n{_CAPTION}"), networks))
     if result.auroc is not None:
