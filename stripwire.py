@@ -47,9 +47,9 @@ errors = Console(stderr=True)
 
 _CAPTION = "share of images, its 95 % interval, and how many images"
 _PART = "Data for the {} alone, instead of a share of --clean."
-_DEMO_TITLE = f"A BadNet, fine-pruned as published, repaired by distillation, and guarded\n{_CAPTION}"
+_DEMO_TITLE = f"A BadNet, repaired and guarded as published, and by Stripwire\n{_CAPTION}"
 
-ALONE = "the repair changed nothing, so there is no second opinion: STRIP decides alone, as with --detector strip"
+ALONE = "the repair changed nothing, so the repaired network is not asked: the entropy decides alone"
 
 _STEPS_SHOWN = 12
 
@@ -129,14 +129,16 @@ def demo(
 
     with progress() as report:
         result = run_demo(output, identities=identities, trigger=trigger, seed=seed, on_progress=report)
-    networks = {
-        "original": result.distilled.original,
-        "as published": result.published.repaired,
-        "distilled": result.distilled.repaired,
+    networks: dict[str, NetworkResult | GuardedResult] = {
+        "original": result.ours.original,
+        "fine-pruned": result.published.repaired,
+        "  + STRIP*": result.published.guarded,
+        "distilled": result.ours.repaired,
+        "  + consensus*": result.ours.guarded,
     }
-    console.print(rates_table(_DEMO_TITLE, networks, result.distilled.guarded))
+    console.print(rates_table(_DEMO_TITLE, networks))
     warn(result.shortfall)
-    say(f"Pictures and numbers are in {result.output}: faces.png, entropies.png, results.json.")
+    say(f"Pictures and numbers are in {result.output}: faces.png, detection.png, results.json.")
     console.print(
         "Start the server and keep it running; ask it, from another terminal, about faces with and without the trigger:"
     )
@@ -247,7 +249,10 @@ def export(
     batch_size: Annotated[int, typer.Option(help="Images in a step of fine-tuning.")] = 64,
     overlays: Annotated[int, typer.Option(help="Perturbations that STRIP makes of an input.")] = 10,
     overlay_choice: Annotated[OverlayChoice, typer.Option(help="Chance, or the best of a pool.")] = "random",
-    alpha: Annotated[float, typer.Option(help="Weight of the input in the blend; the overlay gets the rest.")] = 0.5,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Weight of the input in the blend.", show_default="0.5 for strip, 0.7 for consensus"),
+    ] = None,
     detector: Annotated[Detector, typer.Option(help="STRIP alone, or joined by the repaired network.")] = "strip",
     calibration_method: Annotated[
         CalibrationMethod | None, typer.Option(help="Order statistic, fitted normal distribution, or as given.")
@@ -311,7 +316,7 @@ def export(
         f"Threshold {thresholds(calibration)} from {calibration.images} clean images: further clean inputs are "
         f"rejected at {calibration.frr_low:.1%} to {calibration.frr_high:.1%} (95 %)."
     )
-    if calibration.detector != detector:
+    if detector == "consensus" and not calibration.asks_repaired:
         warn(ALONE)
     if repair != "none" and not result.repair.changed:
         warn(
@@ -453,7 +458,7 @@ def calibrate(
         f"images it rejects {calibration.calibration_frr:.1%}, and of further ones {calibration.frr_low:.1%} to "
         f"{calibration.frr_high:.1%} (95 %)."
     )
-    if detector is not None and calibration.detector != detector:
+    if detector == "consensus" and not calibration.asks_repaired:
         warn(ALONE)
     warn(calibration.note or None)
     say(f"Version {result.version}, written to {repository}, is active in place of {result.base}.")
@@ -591,8 +596,12 @@ def evaluate(
     if as_json:
         print_json(result.to_json())
         return
-    networks = {"original": result.original, "repaired": result.repaired}
-    console.print(rates_table(escape(f"Through {url}\n{_CAPTION}"), networks, result.guarded))
+    networks: dict[str, NetworkResult | GuardedResult] = {
+        "original": result.original,
+        "repaired": result.repaired,
+        "guarded*": result.guarded,
+    }
+    console.print(rates_table(escape(f"Through {url}\n{_CAPTION}"), networks))
     if result.auroc is not None:
         console.print(f"AUROC of the entropy: {result.auroc:.4f}; of the p-value: {result.auroc_of_p_value:.4f}")
     if result.auroc is not None and result.auroc < 0.5:
@@ -657,25 +666,27 @@ def scores_table(result: Export) -> Table:
     return table
 
 
-def rates_table(title: str, networks: dict[str, NetworkResult], guarded: GuardedResult) -> Table:
-    """Return a table of networks by themselves, and of the guarded network on what it accepts."""
+def rates_table(title: str, networks: Mapping[str, NetworkResult | GuardedResult]) -> Table:
+    """Return a table of networks by themselves, and of guarded ones on what they accept."""
+    from client.evaluation import GuardedResult
+
     table = Table(title=title)
     table.add_column("", no_wrap=True)
     for heading in ("clean accuracy", "attack success", "recovered accuracy", "FAR", "FRR"):
         table.add_column(heading, justify="right")
     for name, network in networks.items():
-        rates = (network.clean_accuracy, network.attack_success, network.recovered_accuracy)
-        table.add_row(name, *(figure(rate) for rate in rates), "", "")
-    rates_of_accepted = (
-        guarded.clean_accuracy_of_accepted,
-        guarded.attack_success_of_accepted,
-        guarded.recovered_accuracy_of_accepted,
-    )
-    detection = (guarded.false_acceptance, guarded.false_rejection)
-    table.add_row("guarded*", *(figure(rate) for rate in (*rates_of_accepted, *detection)))
-    table.caption = (
-        "* the last network on the inputs that STRIP accepts; -: not measured, or the true labels are unknown"
-    )
+        if isinstance(network, GuardedResult):
+            rates = (
+                network.clean_accuracy_of_accepted,
+                network.attack_success_of_accepted,
+                network.recovered_accuracy_of_accepted,
+            )
+            detection = [figure(network.false_acceptance), figure(network.false_rejection)]
+        else:
+            rates = (network.clean_accuracy, network.attack_success, network.recovered_accuracy)
+            detection = ["", ""]
+        table.add_row(name, *(figure(rate) for rate in rates), *detection)
+    table.caption = "* on the inputs that the guard accepts; -: not measured, or the true labels are unknown"
     return table
 
 

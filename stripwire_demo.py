@@ -6,11 +6,11 @@ Beside the command line, the only place where exporter and client meet.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -18,6 +18,7 @@ from PIL import Image
 from client.api import GuardedClient
 from client.evaluation import Evaluation, evaluate
 from deploy.embedded.server import EmbeddedTriton
+from detector.calibration import Calibration, ThresholdRule
 from detector.errors import InputError
 from detector.strip import perturb, weighted_overlays
 from exporter.badnet import BadNetOptions, cached_badnet, trojaned_file
@@ -38,17 +39,17 @@ class Demo:
     """What the demo measured, on images that no earlier step has seen, and where it left things.
 
     Attributes:
-        published: the network fine-pruned without augmentation, as in the source report.
-        distilled: the network repaired as `export` does unless told otherwise.
+        published: fine-pruned without augmentation and behind STRIP, as in the source report.
+        ours: repaired by distillation and behind the detector `consensus`.
         output: folder of pictures and numbers.
-        repository: model repository of the latter network.
+        repository: model repository of the latter.
         clean_test: the clean images measured on, HDF5.
         trojaned_test: the trojaned ones, HDF5.
         shortfall: what keeps the BadNet from being a good one, if anything.
     """
 
     published: Evaluation
-    distilled: Evaluation
+    ours: Evaluation
     output: Path
     repository: Path
     clean_test: Path
@@ -74,29 +75,25 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
     badnet = trained.folder
     clean_test, trojaned_test = badnet / "clean_test_data.h5", badnet / trojaned_file(trigger)
     clean, trojaned = read_hdf5(clean_test), read_hdf5(trojaned_test)
-    repairs = {
-        "as_published": RepairOptions(method="magnitude", augment="none", epochs=0, seed=seed),
-        "repository": RepairOptions(seed=seed),
+    fine_pruning = RepairOptions(method="magnitude", augment="none", epochs=0, seed=seed)
+    consensus = ThresholdRule(detector="consensus")
+    options = {
+        "as_published": ExportOptions(repair=fine_pruning, seed=seed),
+        "repository": ExportOptions(repair=RepairOptions(seed=seed), rule=consensus, seed=seed),
     }
     evaluations = {}
     exports = {}
     with staged_folder(output, replace=True) as staged:
-        for name, repair in repairs.items():
-            repository = staged / name
-            exports[name] = export(
-                badnet / "bd_net.keras",
-                Data(badnet / "clean_validation_data.h5"),
-                repository,
-                ExportOptions(repair=repair, seed=seed),
-                on_progress=on_progress,
-            )
-            evaluations[name] = _serve_and_evaluate(repository, clean, trojaned, on_progress)
-        published, distilled = evaluations["as_published"], evaluations["repository"]
-        threshold_bits = exports["repository"].calibration.threshold_bits
+        data = Data(badnet / "clean_validation_data.h5")
+        for name, chosen in options.items():
+            exports[name] = export(badnet / "bd_net.keras", data, staged / name, chosen, on_progress=on_progress)
+            evaluations[name] = _serve_and_evaluate(staged / name, clean, trojaned, on_progress)
+        published, ours = evaluations["as_published"], evaluations["repository"]
         with np.load(staged / "repository" / "strip_perturb" / "1" / "overlays.npz") as stored:
             overlays, alpha = stored["overlays"], float(stored["alpha"])
         draw_faces(clean, trojaned, overlays, alpha).savefig(staged / "faces.png", dpi=100)
-        draw_entropies(distilled, threshold_bits).savefig(staged / "entropies.png", dpi=100)
+        figure = draw_detection(published, exports["as_published"].calibration, ours, exports["repository"].calibration)
+        figure.savefig(staged / "detection.png", dpi=100)
         _write_images(staged / "images", clean, trojaned)
         results = {
             "made_by": _MADE_BY,
@@ -104,11 +101,11 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
             "trigger": trigger,
             "seed": seed,
             "as_published": published.to_json(),
-            "distilled": distilled.to_json(),
+            "ours": ours.to_json(),
             "repair": {name: result.repair.to_json() for name, result in exports.items()},
         }
         (staged / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return Demo(published, distilled, output, output / "repository", clean_test, trojaned_test, trained.shortfall)
+    return Demo(published, ours, output, output / "repository", clean_test, trojaned_test, trained.shortfall)
 
 
 def _check_output(output: Path) -> None:
@@ -156,23 +153,42 @@ def draw_faces(clean: Samples, trojaned: Samples, overlays: NDArray[np.uint8], a
     return figure
 
 
-def draw_entropies(evaluation: Evaluation, threshold_bits: float) -> Figure:
-    """Return the histograms of clean and trojaned entropies with the threshold between accepting and rejecting."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    trojaned = evaluation.trojaned_entropies_bits
-    bins = np.linspace(0, math.log2(evaluation.classes), 80).tolist()
-    if trojaned is not None:
-        bins = np.linspace(0, float(max(evaluation.clean_entropies_bits.max(), trojaned.max())) * 1.02, 60).tolist()
-        axis.hist(trojaned, bins, alpha=0.65, color="#c0392b", label=f"trojaned, n = {len(trojaned)}")
-    clean = evaluation.clean_entropies_bits
-    axis.hist(clean, bins, alpha=0.65, color="#2471a3", label=f"clean, n = {len(clean)}")
-    axis.axvline(threshold_bits, color="black", linestyle="--", label=f"threshold, {threshold_bits:.3f} bits")
-    axis.set_xlabel("STRIP entropy (bits): what lies at or left of the threshold is rejected")
-    axis.set_ylabel("images")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+def draw_detection(published: Evaluation, strip: Calibration, ours: Evaluation, consensus: Calibration) -> Figure:
+    """Return histograms of what each detector decides by, for clean and trojaned faces, with what it rejects.
+
+    Args:
+        published: measured behind STRIP, whose entropies are drawn.
+        strip: its calibration.
+        ours: measured behind the detector `consensus`, whose p-values are drawn.
+        consensus: its calibration.
+    """
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = [part for part in (published.clean_entropies_bits, published.trojaned_entropies_bits) if part is not None]
+    entropy_bins = np.linspace(0, 1.02 * max(float(part.max()) for part in shown), 60)
+    _draw_histograms(left, published.clean_entropies_bits, published.trojaned_entropies_bits, entropy_bins)
+    left.axvline(strip.threshold_bits, color="black", linestyle="--", label="threshold")
+    left.set_title("as published: STRIP")
+    left.set_xlabel("mean entropy (bits); at or left of the threshold: rejected")
+    p_value_bins = np.geomspace(float(consensus.regions.p_values[0]) / 1.5, 1.0, 40)
+    _draw_histograms(right, ours.clean_p_values, ours.trojaned_p_values, p_value_bins)
+    right.axvline(consensus.target_frr or 0.0, color="black", linestyle="--", label="target FRR")
+    right.set_xscale("log")
+    right.set_title("Stripwire: consensus")
+    right.set_xlabel("p-value; at or left of the target FRR: rejected")
+    for axis in (left, right):
+        axis.set_ylabel("images")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
     return figure
+
+
+def _draw_histograms(
+    axis: Axes, clean: NDArray[np.float32], trojaned: NDArray[np.float32] | None, bins: NDArray[np.float64]
+) -> None:
+    if trojaned is not None:
+        axis.hist(trojaned, bins.tolist(), alpha=0.65, color="#c0392b", label=f"trojaned, n = {len(trojaned)}")
+    axis.hist(clean, bins.tolist(), alpha=0.65, color="#2471a3", label=f"clean, n = {len(clean)}")
 
 
 def _serve_and_evaluate(repository: Path, clean: Samples, trojaned: Samples, on_progress: Progress) -> Evaluation:

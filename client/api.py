@@ -324,8 +324,8 @@ class GuardedClient:
         if probabilities:
             outputs.append(_Output("probabilities", np.float32, (about.classes,)))
         label, trojaned, entropy, p_value, *rest = self._infer(about, images, _image_input, outputs, on_progress)
-        columns = (column[:, 0] for column in (label, trojaned, entropy, p_value))
-        return Verdicts(*columns, rest[0] if rest else None, about.classes)
+        believed = rest[0] if rest else None
+        return Verdicts(label[:, 0], trojaned[:, 0], entropy[:, 0], p_value[:, 0], believed, about.classes)
 
     def original_probabilities(
         self, images: NDArray[np.uint8], *, on_progress: OnProgress | None = None

@@ -94,6 +94,8 @@ class Evaluation:
         auroc_of_p_value: how well a low p-value does.
         clean_entropies_bits: (count,), float32, in the order of the clean samples.
         trojaned_entropies_bits: (count,), float32, in the order of the trojaned samples; None without them.
+        clean_p_values: (count,), float32, 0..1, in the order of the clean samples.
+        trojaned_p_values: (count,), float32, 0..1, in the order of the trojaned samples; None without them.
         classes: M.
     """
 
@@ -104,6 +106,8 @@ class Evaluation:
     auroc_of_p_value: float | None
     clean_entropies_bits: NDArray[np.float32]
     trojaned_entropies_bits: NDArray[np.float32] | None
+    clean_p_values: NDArray[np.float32]
+    trojaned_p_values: NDArray[np.float32] | None
     classes: int
 
     def to_json(self, *, entropies: bool = False) -> dict[str, Any]:
@@ -223,6 +227,8 @@ def evaluate(
         ),
         clean_entropies_bits=clean_verdicts.entropy_bits,
         trojaned_entropies_bits=entropies,
+        clean_p_values=clean_verdicts.p_values,
+        trojaned_p_values=None if trojaned_verdicts is None else trojaned_verdicts.p_values,
         classes=classes,
     )
 

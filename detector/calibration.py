@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from detector.conformal import DETECTORS, Floats, Regions, peel
-from detector.consensus import is_disputed
+from detector.consensus import geometric_mean_bits, is_disputed
 from detector.errors import CalibrationError, InputError
 from detector.statistics import Proportion, frr_range
 from detector.strip import is_trojaned
 
 STRIP_SHARE = 0.5
 """STRIP's share of the false rejections that the consensus detector may make; see docs/detection.md."""
+
+ALPHAS = {"strip": 0.5, "consensus": 0.7}
+"""Weight of the input in the blend that each detector has by default; STRIP's is the source report's."""
 
 METHODS = ("quantile", "normal", "fixed")
 """How a threshold comes about: an order statistic, a fitted normal distribution, or as given."""
@@ -34,8 +37,9 @@ class Calibration:
 
     Attributes:
         detector: one of `DETECTORS`.
-        threshold_bits: inputs whose entropy is at or under it are rejected.
-        threshold_nll: inputs whose nll, in nats, is at or over it are rejected as well; None for the detector `strip`.
+        threshold_bits: inputs whose mean entropy is at or under it are rejected; `consensus` takes the geometric mean.
+        threshold_nll: inputs whose nll, in nats, is at or over it are rejected as well; None where the repaired network
+            is not asked, by the detector `strip` and where the repair changed nothing.
         method: one of `METHODS`.
         target_frr: the false rejection rate asked for, 0..1; None when the threshold was given.
         calibration_frr: share of the calibration images that the threshold rejects. For `quantile` it is chosen on
@@ -59,12 +63,17 @@ class Calibration:
     regions: Regions = field(compare=False, repr=False)
     note: str = ""
 
+    @property
+    def asks_repaired(self) -> bool:
+        """Whether the repaired network has a say."""
+        return self.threshold_nll is not None
+
     def rejects(self, entropies_bits: Floats, nlls: Floats | None = None) -> NDArray[np.bool_]:
         """Return the verdicts on inputs, (batch,): what `detector.serving` says of the same scores.
 
         Args:
-            entropies_bits: (batch,).
-            nlls: (batch,), in nats; not looked at by the detector `strip`.
+            entropies_bits: see `scores`, (batch,).
+            nlls: (batch,), in nats; not looked at where there is no threshold for them.
         """
         rejected = is_trojaned(entropies_bits, self.threshold_bits)
         if self.threshold_nll is not None:
@@ -127,18 +136,35 @@ class ThresholdRule:
         """Choose the thresholds on clean calibration images; see the function of each method.
 
         Args:
-            entropies_bits: of the images, (images,).
+            entropies_bits: of each image with each overlay, (images, overlays).
             nlls: of the images, (images,), in nats, for the detector `consensus`. None, where the repair changed
-                nothing, leaves all of the false rejection rate to STRIP: a network always agrees with itself.
+                nothing, leaves all of the false rejection rate to the entropy: a network always agrees with itself.
         """
+        bits = scores(entropies_bits, self.detector)
         if self.threshold_bits is not None:
-            return fixed_threshold(entropies_bits, self.threshold_bits)
+            return fixed_threshold(bits, self.threshold_bits)
         if self.method == "normal":
-            return normal_threshold(entropies_bits, self.target_frr)
-        return calibrate(entropies_bits, self.target_frr, nlls if self.detector == "consensus" else None)
+            return normal_threshold(bits, self.target_frr)
+        return calibrate(bits, self.target_frr, nlls if self.detector == "consensus" else None, detector=self.detector)
 
 
-def calibrate(entropies_bits: Floats, target_frr: float, nlls: Floats | None = None) -> Calibration:
+def scores(entropies_bits: Floats, detector: str) -> Floats:
+    """Return the mean of the entropies that a detector looks at.
+
+    Args:
+        entropies_bits: (images, overlays).
+        detector: one of `DETECTORS`.
+
+    Returns:
+        (images,), in bits, of the same dtype.
+    """
+    mean: Floats = entropies_bits.mean(axis=1) if detector == "strip" else geometric_mean_bits(entropies_bits)
+    return mean
+
+
+def calibrate(
+    entropies_bits: Floats, target_frr: float, nlls: Floats | None = None, *, detector: str = "strip"
+) -> Calibration:
     """Choose thresholds whose false rejection rate is at most `target_frr` on average.
 
     They bound the largest of the regions of `detector.conformal` whose p-value is at most `target_frr`. With k images
@@ -151,17 +177,17 @@ def calibrate(entropies_bits: Floats, target_frr: float, nlls: Floats | None = N
         entropies_bits: of clean calibration images, (images,).
         target_frr: false rejection rate to aim at, 0 < target_frr < 1.
         nlls: of the same images, (images,), in nats, for the detector `consensus`.
+        detector: what the entropies are means for, see `scores`.
 
     Raises:
         InputError: `target_frr` is outside (0, 1).
         CalibrationError: too few images for the target, or a score that is not finite.
     """
     check_target_frr(target_frr)
-    detector = DETECTORS[nlls is not None]
     regions = peel(entropies_bits, nlls, 1.0 if nlls is None else STRIP_SHARE)
     count = len(entropies_bits)
     rank = quantile_rank(target_frr, count)
-    needed = least_images(target_frr, detector)
+    needed = least_images(target_frr, "strip" if nlls is None else "consensus")
     if count < needed:
         raise CalibrationError(
             f"target FRR: got {target_frr:g} with {count} clean calibration images, expected at least {needed} images "

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from detector.errors import CalibrationError, InputError
 
 DETECTORS = ("strip", "consensus")
-"""What is looked at: the entropy alone, or also how little the repaired network believes the sentinel's label."""
+"""What is looked at: the mean entropy alone (STRIP), or what `detector.consensus` looks at."""
 
 Floats = NDArray[np.floating[Any]]
 

@@ -1,8 +1,11 @@
-"""The second opinion: how little the repaired network believes what the sentinel sees in the input as it came.
+"""What the detector `consensus` looks at: whether the perturbations agree, and whether the two networks do.
 
-A backdoor opens in the sentinel alone where the repair worked: on a trojaned input the sentinel answers the attacker's
-class, to which the repaired network gives next to no probability. On clean inputs the two agree. Where the repair
-failed they agree on trojaned inputs as well, so this only ever joins STRIP; see `detector.conformal`.
+*The perturbations.* Some overlays hide the trigger, and a few high entropies lift the mean of all above the threshold.
+A geometric mean asks whether most of them are low: the trigger need not win every time.
+
+*The networks.* A backdoor opens in the sentinel alone where the repair worked: on a trojaned input the sentinel answers
+the attacker's class, to which the repaired network gives next to no probability. On clean inputs the two agree. Where
+the repair failed they agree on trojaned inputs as well, so this only ever joins the entropy; see `detector.conformal`.
 """
 
 from __future__ import annotations
@@ -13,7 +16,24 @@ import numpy as np
 
 from detector.strip import Array
 
+LEAST_BITS = 2.0**-40
+"""Lower entropies count as this: a class that is as unlikely as 2^-46 has no say."""
+
 _LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)
+
+
+def geometric_mean_bits(entropies: Array, *, xp: ModuleType = np) -> Array:
+    """Return the geometric mean over an input's perturbations of their entropies.
+
+    Args:
+        entropies: see `detector.strip.perturbation_entropies_bits`, (batch, perturbations), in bits.
+        xp: the array namespace of `entropies`.
+
+    Returns:
+        (batch,), of the same dtype, in bits, 2^-40..log2(classes); not-a-number where an entropy is.
+    """
+    logs = xp.log(xp.maximum(entropies, xp.full_like(entropies, LEAST_BITS)))
+    return xp.exp(xp.mean(logs, axis=-1))
 
 
 def negative_log_likelihood(repaired: Array, labels: Array, *, xp: ModuleType = np) -> Array:

@@ -16,20 +16,21 @@ from typing import Any
 import numpy as np
 
 from detector.conformal import DETECTORS, Regions
-from detector.consensus import is_disputed, negative_log_likelihood
+from detector.consensus import geometric_mean_bits, is_disputed, negative_log_likelihood
 from detector.errors import RepositoryError, SetupError
 from detector.strip import (
     Array,
-    entropy_bits,
     guarded_labels,
     is_trojaned,
     perturb,
+    perturbation_entropies_bits,
     plain_first,
     weighted_overlays,
 )
 
 MODES = ("block", "shadow")
 
+SENTINEL_OUTPUTS = ("sentinel_entropy", "sentinel_geometric_entropy", "sentinel_label")
 REGION_FIELDS = ("entropies_bits", "nlls", "p_values")
 
 CONTROL_KEY = "stripwire-control"
@@ -103,8 +104,7 @@ def perturb_stage(args: dict[str, str], pb_utils: Any) -> Stage:
 
     Args:
         args: what Triton passes to `initialize`. The version folder holds `overlays.npz`: `overlays`, (perturbations,
-            height, width, channels) uint8, and `alpha`; and `detector.json`, see `read_detector`: `consensus` wants
-            the image as it came before its perturbations.
+            height, width, channels) uint8, and `alpha`; and `perturbations.json`, see `read_plain_first`.
         pb_utils: Triton's `triton_python_backend_utils`.
 
     Raises:
@@ -113,25 +113,26 @@ def perturb_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     xp = _array_namespace(args)
     overlays, alpha = read_overlays(_version_folder(args))
     weighted, weights = xp.asarray(weighted_overlays(overlays, alpha)), alpha
-    if read_detector(_version_folder(args)) == "consensus":
+    if read_plain_first(_version_folder(args)):
         weighted, weights = plain_first(weighted, alpha, xp=xp)
     return Stage(pb_utils, ["image"], ["perturbations"], lambda images: [perturb(images, weighted, weights, xp=xp)], xp)
 
 
 def entropy_stage(args: dict[str, str], pb_utils: Any) -> Stage:
-    """Return the stage of `strip_entropy`: `sentinel_probabilities` to `sentinel_entropy` and `sentinel_label`.
+    """Return the stage of `strip_entropy`: `sentinel_probabilities` to both means of the entropies and the label.
 
-    The label is the sentinel's of the image as it came, which only `consensus` asks for; otherwise it is -1.
+    `sentinel_label` is of the image as it came; without it among the perturbations, -1.
 
     Args:
-        args: what Triton passes to `initialize`. The version folder holds `detector.json`, see `read_detector`.
+        args: what Triton passes to `initialize`. The version folder holds `perturbations.json`, see
+            `read_plain_first`.
         pb_utils: Triton's `triton_python_backend_utils`.
 
     Raises:
         RepositoryError: the file is missing or malformed; Triton then refuses to load the model.
     """
     xp = _array_namespace(args)
-    with_plain = read_detector(_version_folder(args)) == "consensus"
+    with_plain = read_plain_first(_version_folder(args))
 
     def compute(probabilities: Array) -> list[Array]:
         if with_plain:
@@ -139,36 +140,37 @@ def entropy_stage(args: dict[str, str], pb_utils: Any) -> Stage:
             labels = xp.asarray(xp.argmax(plain, axis=-1), dtype=xp.int32)
         else:
             labels = xp.full(probabilities.shape[0], -1, dtype=xp.int32)
-        return [entropy_bits(probabilities, xp=xp)[:, None], labels[:, None]]
+        entropies = perturbation_entropies_bits(probabilities, xp=xp)
+        means = xp.mean(entropies, axis=-1), geometric_mean_bits(entropies, xp=xp)
+        return [column[:, None] for column in (*means, labels)]
 
-    return Stage(pb_utils, ["sentinel_probabilities"], ["sentinel_entropy", "sentinel_label"], compute, xp)
+    return Stage(pb_utils, ["sentinel_probabilities"], SENTINEL_OUTPUTS, compute, xp)
 
 
 def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
-    """Return the stage of `strip_verdict`: entropy, sentinel's label and repaired probabilities to all public outputs.
+    """Return the stage of `strip_verdict`: what `strip_entropy` found and repaired probabilities to all public outputs.
 
     It hands the entropy and the probabilities on under their public names: a tensor of an ensemble that is public and
     read by another step is lost to that step when the caller does not ask for it. Its tensors are tiny, so it runs on
     the CPU wherever the other models run.
 
     Args:
-        args: what Triton passes to `initialize`. The version folder holds `calibration.json` with `threshold_bits` and
-            `threshold_nll`, and `regions.npz`, see `read_regions`; the config's parameter `mode` is `block` or
-            `shadow`.
+        args: what Triton passes to `initialize`. The version folder holds `calibration.json`, see `read_thresholds`,
+            and `regions.npz`, see `read_regions`; the config's parameter `mode` is `block` or `shadow`.
         pb_utils: Triton's `triton_python_backend_utils`.
 
     Raises:
         RepositoryError: no usable calibration or mode; Triton then refuses to load the model.
     """
-    threshold_bits, threshold_nll = read_thresholds(_version_folder(args))
+    detector, threshold_bits, threshold_nll = read_thresholds(_version_folder(args))
     regions = read_regions(_version_folder(args))
     parameters = json.loads(args["model_config"])["parameters"]
     mode = parameters.get("mode", {}).get("string_value")
     if mode not in MODES:
         raise RepositoryError(f"{args['model_name']}: parameter mode is {mode!r}, expected one of {', '.join(MODES)}")
 
-    def compute(entropy: Array, sentinel_label: Array, probabilities: Array) -> list[Array]:
-        bits, nll = entropy[:, 0], None
+    def compute(entropy: Array, geometric: Array, sentinel_label: Array, probabilities: Array) -> list[Array]:
+        bits, nll = (entropy if detector == "strip" else geometric)[:, 0], None
         trojaned = is_trojaned(bits, threshold_bits)
         if threshold_nll is not None:
             nll = negative_log_likelihood(probabilities, sentinel_label[:, 0])
@@ -179,7 +181,7 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
         p_value = regions.p_value(bits, nll)
         return [labels[:, None], trojaned[:, None], entropy, p_value[:, None], probabilities]
 
-    inputs = ["sentinel_entropy", "sentinel_label", "repaired_probabilities"]
+    inputs = [*SENTINEL_OUTPUTS, "repaired_probabilities"]
     return Stage(pb_utils, inputs, ["label", "trojaned", "entropy", "p_value", "probabilities"], compute)
 
 
@@ -199,26 +201,30 @@ def read_overlays(folder: Path) -> tuple[Array, float]:
     return overlays, alpha
 
 
-def read_detector(folder: Path) -> str:
-    """Return which detector a version folder of `strip_perturb` or `strip_entropy` serves, one of `DETECTORS`.
+def read_plain_first(folder: Path) -> bool:
+    """Return whether the perturbations of a version of `strip_perturb` begin with the image as it came.
+
+    `strip_entropy` is told the same; a detector that asks the repaired network as well wants it.
 
     Raises:
-        RepositoryError: it is missing or malformed.
+        RepositoryError: a version folder does not say so.
     """
-    path = folder / "detector.json"
+    path = folder / "perturbations.json"
     try:
-        detector = json.loads(path.read_text(encoding="utf-8"))["detector"]
+        plain_first = json.loads(path.read_text(encoding="utf-8"))["plain_first"]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise RepositoryError(f"{path}: names no detector ({error!r}); export the model again") from error
-    if detector not in DETECTORS:
-        raise RepositoryError(f"{path}: detector is {detector!r}, expected one of {', '.join(DETECTORS)}")
-    return str(detector)
+        raise RepositoryError(f"{path}: cannot be read ({error!r}); export the model again") from error
+    if not isinstance(plain_first, bool):
+        raise RepositoryError(f"{path}: plain_first is {plain_first!r}, expected true or false")
+    return plain_first
 
 
-def read_thresholds(folder: Path) -> tuple[float, float | None]:
-    """Return the thresholds in a version folder of `strip_verdict`: of the entropy, in bits, and of the nll, in nats.
+def read_thresholds(folder: Path) -> tuple[str, float, float | None]:
+    """Return what a version folder of `strip_verdict` decides by: the detector and its thresholds.
 
-    The latter is None for the detector `strip`.
+    Returns:
+        One of `DETECTORS`; the threshold of its mean of the entropies, in bits; that of the nll, in nats, or None where
+        the repaired network is not asked.
 
     Raises:
         RepositoryError: they are missing or malformed.
@@ -226,14 +232,16 @@ def read_thresholds(folder: Path) -> tuple[float, float | None]:
     path = folder / "calibration.json"
     try:
         calibration = json.loads(path.read_text(encoding="utf-8"))
-        threshold_bits, nll = float(calibration["threshold_bits"]), calibration["threshold_nll"]
-        threshold_nll = None if nll is None else float(nll)
+        detector, nll = calibration["detector"], calibration["threshold_nll"]
+        threshold_bits, threshold_nll = float(calibration["threshold_bits"]), None if nll is None else float(nll)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise RepositoryError(f"{path}: no usable calibration ({error!r}); export the model again") from error
+    if detector not in DETECTORS:
+        raise RepositoryError(f"{path}: detector is {detector!r}, expected one of {', '.join(DETECTORS)}")
     for name, value in (("threshold_bits", threshold_bits), ("threshold_nll", threshold_nll)):
         if value is not None and not (np.isfinite(value) and value >= 0):
             raise RepositoryError(f"{path}: {name} is {value}, expected a finite number of at least 0")
-    return threshold_bits, threshold_nll
+    return detector, threshold_bits, threshold_nll
 
 
 def read_regions(folder: Path) -> Regions:

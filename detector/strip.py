@@ -91,12 +91,30 @@ def perturb(images: Array, weighted: Array, alpha: float | Array, *, xp: ModuleT
     return perturbations
 
 
+def perturbation_entropies_bits(probabilities: Array, *, xp: ModuleType = np) -> Array:
+    """Return the Shannon entropy of the prediction for each perturbation by itself, `- sum_i y_i log2 y_i`.
+
+    0 log 0 is 0. A probability that is not a number, or negative, makes the entropy not-a-number.
+
+    Args:
+        probabilities: (batch, perturbations, classes), float32; each row over the classes sums to one.
+        xp: the array namespace of `probabilities`.
+
+    Returns:
+        (batch, perturbations), float32, in bits, 0..log2(classes).
+    """
+    zero = probabilities == 0
+    with np.errstate(invalid="ignore"):  # a negative probability must become NaN, quietly
+        logs = xp.log2(xp.where(zero, xp.ones_like(probabilities), probabilities))
+    return -xp.sum(probabilities * logs, axis=-1)
+
+
 def entropy_bits(probabilities: Array, *, xp: ModuleType = np) -> Array:
     """Return the mean Shannon entropy of the predictions for each input's perturbations.
 
     `H = (1/N) * sum_n ( - sum_i y_i log2 y_i )`, STRIP paper, equations 3 and 4: summed over the classes (the last
-    axis), averaged over the perturbations (the axis before it). 0 log 0 is 0. A probability that is not a number,
-    or negative, makes the input's entropy not-a-number, which `is_trojaned` rejects.
+    axis), averaged over the perturbations (the axis before it). What is not-a-number, see
+    `perturbation_entropies_bits`, `is_trojaned` rejects.
 
     Args:
         probabilities: (batch, perturbations, classes), float32; each row over the classes sums to one.
@@ -105,11 +123,7 @@ def entropy_bits(probabilities: Array, *, xp: ModuleType = np) -> Array:
     Returns:
         (batch,), float32, in bits, 0..log2(classes).
     """
-    zero = probabilities == 0
-    with np.errstate(invalid="ignore"):  # a negative probability must become NaN, quietly
-        logs = xp.log2(xp.where(zero, xp.ones_like(probabilities), probabilities))
-    per_perturbation = -xp.sum(probabilities * logs, axis=-1)
-    return xp.mean(per_perturbation, axis=-1)
+    return xp.mean(perturbation_entropies_bits(probabilities, xp=xp), axis=-1)
 
 
 def is_trojaned(entropy: Array, threshold_bits: float, *, xp: ModuleType = np) -> Array:

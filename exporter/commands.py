@@ -31,7 +31,7 @@ def commands(model: Path, data: Data, output: Path, options: ExportOptions) -> t
         "batch-size": repair.batch_size,
         "overlays": options.overlays,
         "overlay-choice": options.overlay_choice,
-        "alpha": options.alpha,
+        "alpha": options.input_weight,
         "detector": rule.detector,
         "calibration-method": rule.method,
         "target-frr": rule.target_frr,

@@ -16,7 +16,7 @@ import onnxruntime
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from detector.calibration import Calibration, ThresholdRule
+from detector.calibration import ALPHAS, Calibration, ThresholdRule
 from detector.errors import DataError, InputError, ModelRefusedError
 from exporter.classifier import with_probabilities
 from exporter.commands import commands
@@ -52,7 +52,7 @@ class ExportOptions:
         repair: how to repair.
         overlays: how many perturbations STRIP makes of an input.
         overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
-        alpha: weight of the input in the blend; the overlay gets 1 - alpha.
+        alpha: weight of the input in the blend; the overlay gets 1 - alpha. None for the detector's, see `ALPHAS`.
         rule: how to choose the threshold.
         seed: of the split, of the overlays and of everything random in the repair.
     """
@@ -63,13 +63,18 @@ class ExportOptions:
     repair: RepairOptions = field(default_factory=RepairOptions)
     overlays: int = 10
     overlay_choice: str = "random"
-    alpha: float = 0.5
+    alpha: float | None = None
     rule: ThresholdRule = field(default_factory=ThresholdRule)
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise InputError for an option that makes no sense."""
-        check_overlay_options(self.overlays, self.overlay_choice, self.alpha)
+        check_overlay_options(self.overlays, self.overlay_choice, self.input_weight)
+
+    @property
+    def input_weight(self) -> float:
+        """Weight of the input in the blend."""
+        return ALPHAS[self.rule.detector] if self.alpha is None else self.alpha
 
 
 @dataclass(frozen=True)
@@ -171,10 +176,10 @@ def export(
     overlays = _choose_overlays(session, split, options, on_progress)
 
     def entropies_of(samples: Samples, description: str = "Measuring STRIP") -> NDArray[np.float32]:
-        return entropy_matrix(session, samples.images, overlays, options.alpha, on_progress, description)
+        return entropy_matrix(session, samples.images, overlays, options.input_weight, on_progress, description)
 
     entropies = entropies_of(split.calibration, "Calibrating STRIP")
-    calibration = options.rule.calibrate(entropies.mean(axis=1))  # fails, if at all, before the repair
+    calibration = options.rule.calibrate(entropies)  # fails, if at all, before the repair
 
     repair = repair_network(
         model,
@@ -194,7 +199,7 @@ def export(
         return measure_nlls(session, repaired_session, samples.images, on_progress)
 
     if options.rule.detector == "consensus" and repair.changed:
-        calibration = options.rule.calibrate(entropies.mean(axis=1), nlls_of(split.calibration))
+        calibration = options.rule.calibrate(entropies, nlls_of(split.calibration))
 
     before, after = (_scores(network, split.validation, attack, preprocessing) for network in (model, repair.model))
     inputs = {"model": model_path, "clean": data.clean, "attack": data.attack, **data.parts}
@@ -210,7 +215,7 @@ def export(
         "parity_max_difference": parity,
         "versions": _versions(),
     }
-    served = ServedModel(badnet, repaired, overlays, options.alpha, calibration, classes, provenance)
+    served = ServedModel(badnet, repaired, overlays, options.input_weight, calibration, classes, provenance)
     report = collect(
         model_path=model_path,
         model=model,
@@ -221,7 +226,7 @@ def export(
         attack=attack,
         preprocessing=preprocessing,
         overlays=overlays,
-        alpha=options.alpha,
+        alpha=options.input_weight,
         calibration=calibration,
         calibration_entropies_bits=entropies,
         entropies_of=entropies_of,
@@ -280,7 +285,7 @@ def _choose_overlays(
     if options.overlay_choice == "random":
         return candidates
     matrix = entropy_matrix(
-        session, split.selection.images, candidates, options.alpha, on_progress, "Comparing overlays"
+        session, split.selection.images, candidates, options.input_weight, on_progress, "Comparing overlays"
     )
     chosen: NDArray[np.uint8] = candidates[choose_greedily(matrix, options.overlays, options.rule.target_frr)]
     return chosen

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.calibration import Calibration, ThresholdRule
+from detector.calibration import ALPHAS, Calibration, ThresholdRule
 from detector.errors import CalibrationError, InputError
-from detector.serving import read_detector, read_overlays, read_thresholds
+from detector.serving import read_overlays, read_plain_first, read_thresholds
 from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, open_graph
 from exporter.inputs import InputReader
 from exporter.overlays import check_overlay_options, choose_greedily, part_sizes
@@ -33,7 +33,8 @@ class RecalibrationOptions:
         rule: how to choose the thresholds; `detector` stands over its detector.
         detector: one of `detector.conformal.DETECTORS`; None for what it is.
         overlays: how many overlays to take from the new images; None for as many as there are.
-        alpha: weight of the input in the blend; None for what it is.
+        alpha: weight of the input in the blend; None for what it is, or where the detector changes with the overlays,
+            for the detector's, see `detector.calibration.ALPHAS`.
         overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
         resize: change the images' height and width to the network's instead of refusing them.
         keep_overlays: keep overlays and alpha, so that the threshold alone is new.
@@ -113,7 +114,8 @@ def recalibrate(
     with locked(repository):
         manifest = verify_repository(repository)
     base = manifest["active"]
-    detector = options.detector or manifest["versions"][base]["calibration"]["detector"]
+    old_detector = manifest["versions"][base]["calibration"]["detector"]
+    detector = options.detector or old_detector
     options = replace(options, rule=replace(options.rule, detector=detector))
     models, contract = manifest["versions"][base]["models"], manifest["versions"][base]["contract"]
     height, width, channels = contract["image_shape"]
@@ -122,7 +124,8 @@ def recalibrate(
     images = samples.images
     folders = {name: repository / name / str(number) for name, number in models.items()}
     old_overlays, old_alpha = read_overlays(folders["strip_perturb"])
-    alpha = old_alpha if options.alpha is None else options.alpha
+    as_it_is = old_alpha if options.keep_overlays or detector == old_detector else ALPHAS[detector]
+    alpha = as_it_is if options.alpha is None else options.alpha
     count = len(old_overlays) if options.overlays is None else options.overlays
     session = open_graph(folders["badnet"] / "model.onnx")
 
@@ -139,9 +142,7 @@ def recalibrate(
             overlays = candidates[choose_greedily(matrix, count, options.rule.target_frr)]
         else:
             overlays = candidates
-    entropies = entropy_matrix(
-        session, images[parts.calibration], overlays, alpha, on_progress, "Calibrating STRIP"
-    ).mean(axis=1)
+    entropies = entropy_matrix(session, images[parts.calibration], overlays, alpha, on_progress, "Calibrating STRIP")
     nlls = None
     if detector == "consensus" and manifest["versions"][str(models["repaired"])]["repair"]["changed"]:
         repaired = open_graph(folders["repaired"] / "model.onnx")
@@ -160,10 +161,10 @@ def recalibrate(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("stripwire", "numpy", "onnxruntime")},
     }
-    as_before = options.keep_overlays and calibration.detector == read_detector(folders["strip_perturb"])
+    as_before = options.keep_overlays and calibration.asks_repaired == read_plain_first(folders["strip_perturb"])
     changed = Recalibrated(calibration, None if as_before else overlays, alpha, provenance)
     number = write_recalibration(repository, base, changed)
-    base_threshold_bits, _ = read_thresholds(folders["strip_verdict"])
+    _, base_threshold_bits, _ = read_thresholds(folders["strip_verdict"])
     notes = tuple(reader.notes)
     return Recalibration(repository, number, base, base_threshold_bits, calibration, notes, provenance)
 

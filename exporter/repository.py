@@ -30,7 +30,7 @@ from tritonclient.grpc.model_config_pb2 import (
 
 from detector.calibration import Calibration
 from detector.errors import InputError, RepositoryError
-from detector.serving import MODES, REGION_FIELDS, read_detector
+from detector.serving import MODES, REGION_FIELDS, SENTINEL_OUTPUTS, read_plain_first
 from exporter.publishing import check_writable, locked, staged_folder
 from model_repository.manifest import MODELS, next_version, verify_repository, write_manifest
 
@@ -75,8 +75,8 @@ class Recalibrated:
 
     Attributes:
         calibration: the new threshold and what it rests on.
-        overlays: for STRIP, (perturbations, height, width, channels), uint8; None where neither they nor the detector
-            changes.
+        overlays: for STRIP, (perturbations, height, width, channels), uint8; None where neither they nor whether
+            the repaired network is asked changes.
         alpha: weight of the input in the blend, which goes with `overlays`.
         provenance: what the manifest says about where this version came from.
     """
@@ -174,7 +174,7 @@ def write_recalibration(repository: Path, base: str, changed: Recalibrated) -> s
         if changed.overlays is not None:
             renewed.append("strip_perturb")
         entropy = repository / "strip_entropy" / str(versions[base]["models"]["strip_entropy"])
-        if read_detector(entropy) != changed.calibration.detector:
+        if read_plain_first(entropy) != changed.calibration.asks_repaired:
             renewed.append("strip_entropy")
         versions[number] = {
             "contract": versions[base]["contract"],
@@ -270,6 +270,7 @@ def model_configs(image_shape: tuple[int, ...], classes: int, models: Mapping[st
     perturbations = ("perturbations", TYPE_FP32, [-1, *image_shape])
     sentinel_probabilities = ("sentinel_probabilities", TYPE_FP32, [-1, classes])
     sentinel_entropy = ("sentinel_entropy", TYPE_FP32, [1])
+    geometric = ("sentinel_geometric_entropy", TYPE_FP32, [1])
     sentinel_label = ("sentinel_label", TYPE_INT32, [1])
     repaired_probabilities = ("repaired_probabilities", TYPE_FP32, [classes])
     entropy = ("entropy", TYPE_FP32, [1])
@@ -279,15 +280,15 @@ def model_configs(image_shape: tuple[int, ...], classes: int, models: Mapping[st
     p_value = ("p_value", TYPE_FP32, [1])
 
     public = [label, trojaned, entropy, p_value, probabilities]
-    opinions = [sentinel_entropy, sentinel_label, repaired_probabilities]
+    opinion = [sentinel_entropy, geometric, sentinel_label]
 
     guarded = _config("guarded", [image], public, platform="ensemble")
     steps = (
         ("strip_perturb", ["image"], ["perturbations"]),
         ("badnet", ["perturbations"], ["sentinel_probabilities"]),
-        ("strip_entropy", ["sentinel_probabilities"], ["sentinel_entropy", "sentinel_label"]),
+        ("strip_entropy", ["sentinel_probabilities"], list(SENTINEL_OUTPUTS)),
         ("repaired", ["image"], ["repaired_probabilities"]),
-        ("strip_verdict", [name for name, _, _ in opinions], [name for name, _, _ in public]),
+        ("strip_verdict", [*SENTINEL_OUTPUTS, "repaired_probabilities"], [name for name, _, _ in public]),
     )
     for name, inputs, outputs in steps:
         # A tensor has the same name in every model that reads or writes it.
@@ -299,13 +300,13 @@ def model_configs(image_shape: tuple[int, ...], classes: int, models: Mapping[st
                 output_map={tensor: tensor for tensor in outputs},
             )
         )
-    verdict = _config("strip_verdict", opinions, public, backend="python", image_sized=False)
+    verdict = _config("strip_verdict", [*opinion, repaired_probabilities], public, backend="python", image_sized=False)
     verdict.parameters["mode"].CopyFrom(ModelParameter(string_value="block"))
     configs = [
         guarded,
         _config("strip_perturb", [image], [perturbations], backend="python"),
         _config("badnet", [perturbations], [sentinel_probabilities], platform="onnxruntime_onnx"),
-        _config("strip_entropy", [sentinel_probabilities], [sentinel_entropy, sentinel_label], backend="python"),
+        _config("strip_entropy", [sentinel_probabilities], opinion, backend="python"),
         _config("repaired", [image], [repaired_probabilities], platform="onnxruntime_onnx"),
         verdict,
     ]
@@ -355,15 +356,15 @@ def _write_overlays(
 ) -> None:
     folder = _python_version(repository, "strip_perturb", version)
     np.savez(folder / "overlays.npz", overlays=overlays, alpha=alpha)
-    _write_detector(folder, calibration)
+    _write_plain_first(folder, calibration)
 
 
 def _write_entropy(repository: Path, version: str, calibration: Calibration) -> None:
-    _write_detector(_python_version(repository, "strip_entropy", version), calibration)
+    _write_plain_first(_python_version(repository, "strip_entropy", version), calibration)
 
 
-def _write_detector(folder: Path, calibration: Calibration) -> None:
-    _write_text(folder / "detector.json", json.dumps({"detector": calibration.detector}) + "\n")
+def _write_plain_first(folder: Path, calibration: Calibration) -> None:
+    _write_text(folder / "perturbations.json", json.dumps({"plain_first": calibration.asks_repaired}) + "\n")
 
 
 def _write_calibration(repository: Path, version: str, calibration: Calibration) -> None:

@@ -20,14 +20,14 @@ def test_the_demo_ends_with_a_table_pictures_and_a_repository(
     for _ in range(2):  # the second run finds the BadNet in the cache, and replaces the output
         assert run(monkeypatch, "demo", "--identities", "15", "--output", output) == 0
         said = capsys.readouterr().out
-        for row in ("original", "as published", "distilled", "guarded", "stripwire serve"):
+        for row in ("original", "+ STRIP*", "+ consensus*", "stripwire serve"):
             assert row in said
     assert len(list((tmp_path / "cache").iterdir())) == 1
     verify_repository(output / "repository")
-    for name in ("faces.png", "entropies.png"):
+    for name in ("faces.png", "detection.png"):
         with Image.open(output / name) as picture:
             assert min(picture.size) > 300
     assert len(list((output / "images").glob("*.png"))) == 8
     results = json.loads((output / "results.json").read_text())
-    assert results["distilled"]["guarded"]["false_rejection"]["count"] == 150
+    assert results["ours"]["guarded"]["false_rejection"]["count"] == 150
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

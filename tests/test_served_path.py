@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,17 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from tritonclient.utils import InferenceServerException
 
-from client.api import GuardedClient
+from client.api import GuardedClient, Verdicts
 from client.evaluation import evaluate
 from deploy.embedded.server import EmbeddedTriton
+from detector.calibration import ThresholdRule
 from detector.errors import DataError, DeadlineExceededError, ServerUnavailableError
 from exporter.export import Data, ExportOptions, export
 from exporter.keras_files import load_model
 from exporter.preprocessing import Preprocessing
+from exporter.recalibration import RecalibrationOptions, recalibrate
 from exporter.repair import RepairOptions
+from model_repository.manifest import verify_repository
 from samples.hdf5 import read_hdf5
 from tests.detector import reference
 
@@ -27,6 +32,7 @@ CONTRACT: dict[str, tuple[type, int]] = {
     "label": (np.int32, 1),
     "trojaned": (np.bool_, 1),
     "entropy": (np.float32, 1),
+    "p_value": (np.float32, 1),
     "probabilities": (np.float32, 12),
 }
 LAYERS = ("conv_1", "conv_2", "conv_3", "conv_4", "fc_1", "fc_2", "output")
@@ -64,6 +70,7 @@ def test_the_metadata_tells_the_contract(server: EmbeddedTriton) -> None:
         ("label", "INT32", [-1, 1]),
         ("trojaned", "BOOL", [-1, 1]),
         ("entropy", "FP32", [-1, 1]),
+        ("p_value", "FP32", [-1, 1]),
         ("probabilities", "FP32", [-1, 12]),
     ]
 
@@ -71,25 +78,65 @@ def test_the_metadata_tells_the_contract(server: EmbeddedTriton) -> None:
 def test_every_served_verdict_agrees_with_the_float64_reference(
     server: EmbeddedTriton, repository: Path, badnet: Path
 ) -> None:
-    model = load_model(badnet / "bd_net.keras")
-    weights = [array for name in LAYERS for array in model.get_layer(name).get_weights()]
-    with np.load(repository / "strip_perturb" / "1" / "overlays.npz") as stored:
-        overlays, alpha = stored["overlays"], float(stored["alpha"])
+    verdicts = answers(server, badnet)
     calibration = json.loads((repository / "strip_verdict" / "1" / "calibration.json").read_text())
-    files = ("clean_test_data.h5", "sunglasses_poisoned_data.h5")
-    images = np.concatenate([read_hdf5(badnet / name).images for name in files])
-    with GuardedClient(server.grpc_address) as client:
-        verdicts = client.classify(images, probabilities=True)
-    blends = np.array([[reference.blend(image, overlay, alpha) / 255 for overlay in overlays] for image in images])
-    probabilities = reference.deepid(weights, blends.reshape(-1, 55, 47, 3)).reshape(len(images), len(overlays), -1)
-    entropies = np.array([reference.entropy_bits(rows) for rows in probabilities])
+    entropies = referred(repository, badnet, "1", verdicts)[0].mean(axis=1)
     np.testing.assert_allclose(verdicts.entropy_bits, entropies, atol=1e-4)
     certain = np.abs(entropies - calibration["threshold_bits"]) > 1e-4
     assert certain.mean() > 0.95
     np.testing.assert_array_equal(verdicts.trojaned[certain], (entropies <= calibration["threshold_bits"])[certain])
+    np.testing.assert_array_equal(verdicts.trojaned, verdicts.p_values <= calibration["target_frr"])
     assert verdicts.probabilities is not None
     expected = np.where(verdicts.trojaned, 12, verdicts.probabilities.argmax(axis=1))
     np.testing.assert_array_equal(verdicts.labels, expected)
+
+
+def test_with_consensus_the_repaired_network_has_a_say(repository: Path, badnet: Path, tmp_path: Path) -> None:
+    shutil.copytree(repository, tmp_path / "repository")
+    options = RecalibrationOptions(ThresholdRule(target_frr=0.1), detector="consensus", keep_overlays=True)
+    result = recalibrate(tmp_path / "repository", badnet / "clean_validation_data.h5", options)
+    assert result.calibration.detector == "consensus"
+    threshold_nll = result.calibration.threshold_nll
+    assert threshold_nll is not None
+    with EmbeddedTriton(tmp_path / "repository") as server:
+        verdicts = answers(server, badnet)
+    entropies, nlls = referred(tmp_path / "repository", badnet, "2", verdicts)
+    np.testing.assert_allclose(verdicts.entropy_bits, entropies.mean(axis=1), atol=1e-4)
+    means = np.array([reference.geometric_mean(row) for row in entropies])
+    by_entropy, by_nll = means <= result.calibration.threshold_bits, nlls >= threshold_nll
+    certain = (np.abs(means - result.calibration.threshold_bits) > 1e-4) & (np.abs(nlls - threshold_nll) > 1e-3)
+    assert certain.mean() > 0.95
+    assert (by_nll & ~by_entropy).any()
+    np.testing.assert_array_equal(verdicts.trojaned[certain], (by_entropy | by_nll)[certain])
+    np.testing.assert_array_equal(verdicts.trojaned, verdicts.p_values <= 0.1)
+
+
+def answers(server: EmbeddedTriton, badnet: Path) -> Verdicts:
+    """Return what is served for clean test images and, after them, trojaned ones."""
+    with GuardedClient(server.grpc_address) as client:
+        return client.classify(images_of(badnet), probabilities=True)
+
+
+def images_of(badnet: Path) -> Any:
+    files = ("clean_test_data.h5", "sunglasses_poisoned_data.h5")
+    return np.concatenate([read_hdf5(badnet / name).images for name in files])
+
+
+def referred(repository: Path, badnet: Path, version: str, verdicts: Verdicts) -> tuple[Any, Any]:
+    """Return what the reference makes of the same images: entropies, (images, overlays), and nlls, (images,)."""
+    model = load_model(badnet / "bd_net.keras")
+    weights = [array for name in LAYERS for array in model.get_layer(name).get_weights()]
+    number = verify_repository(repository)["versions"][version]["models"]["strip_perturb"]
+    with np.load(repository / "strip_perturb" / str(number) / "overlays.npz") as stored:
+        overlays, alpha = stored["overlays"], float(stored["alpha"])
+    images = images_of(badnet)
+    blends = np.array([[reference.blend(image, overlay, alpha) / 255 for overlay in overlays] for image in images])
+    probabilities = reference.deepid(weights, blends.reshape(-1, 55, 47, 3)).reshape(len(images), len(overlays), -1)
+    seen = reference.deepid(weights, images / 255).argmax(axis=1)
+    assert verdicts.probabilities is not None
+    nlls = [-math.log(row[label]) for row, label in zip(verdicts.probabilities.astype(float), seen, strict=True)]
+    entropies = [[reference.entropy_bits(row[None]) for row in rows] for rows in probabilities]
+    return np.array(entropies), np.array(nlls)
 
 
 def test_the_answer_does_not_depend_on_the_batch(server: EmbeddedTriton, badnet: Path) -> None:

@@ -220,7 +220,7 @@ def test_a_live_server_is_calibrated_again_and_rolled_back(
         assert "The server serves version 2." in said
         assert served_version(live) == "2"
         calibrated = client.classify(images)
-        threshold = read_thresholds(live.repository / "strip_verdict" / "2")[0]
+        threshold = read_thresholds(live.repository / "strip_verdict" / "2")[1]
         np.testing.assert_array_equal(calibrated.trojaned, calibrated.entropy_bits <= threshold)
         assert not np.allclose(calibrated.entropy_bits, before)
         assert run(monkeypatch, "rollback", live.repository, "--json", *url) == 0

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.calibration import Calibration
+from detector.calibration import Calibration, scores
 from exporter.preprocessing import Preprocessing
 from exporter.pruning import Pruning
 from exporter.repair import ATTACK_SUCCESS_GOAL, Repair
@@ -52,7 +52,7 @@ def collect(
     networks = (model, repair.model)
     held_out_entropies = entropies_of(held_out)
     trojaned_entropies = None if trojaned is None else entropies_of(trojaned)
-    alone = calibration.threshold_nll is None
+    alone = not calibration.asks_repaired
     held_out_nlls = None if alone else nlls_of(held_out)
     trojaned_nlls = None if alone or trojaned is None else nlls_of(trojaned)
 
@@ -62,9 +62,8 @@ def collect(
         entropies: NDArray[np.float32],
         nlls: NDArray[np.float32] | None,
     ) -> Examples:
-        means = entropies.mean(axis=1)
-        verdicts = calibration.rejects(means, nlls)
-        return _examples(networks, samples, truth, means, verdicts, preprocessing)
+        verdicts = calibration.rejects(scores(entropies, calibration.detector), nlls)
+        return _examples(networks, samples, truth, entropies.mean(axis=1), verdicts, preprocessing)
 
     clean_examples = examples(held_out, held_out.labels, held_out_entropies, held_out_nlls)
     trojaned_examples = None

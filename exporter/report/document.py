@@ -13,12 +13,13 @@ is {rate, low, high, successes, count}: the rate, its exact 95 % interval, and w
 - `guard`: {detector, threshold_bits, threshold_nll, method, target_frr, frr_low, frr_high, images, note, alpha,
   overlays, frr, far, auroc}. `frr_low` to `frr_high` is the 95 % range that calibration expects; the proportions `frr`
   (held-out clean images rejected) and `far` (trojaned images accepted) were measured, of the verdicts; AUROC is that of
-  the p-values.
-- `strip`: {frr, far, auroc}: likewise, of the threshold on the entropy alone.
-- `consensus`: {held_out, trojaned}, each [[entropy in bits, nll in nats]]; null where STRIP decides alone.
+  the p-values, or where the repaired network is not asked, of the entropies.
+- `by_entropy`: {frr, far, auroc}: likewise, of the threshold on the entropy alone. An image's entropy is the mean over
+  the overlays here and below, and the geometric mean for the detector `consensus`.
+- `opinions`: {held_out, trojaned}, each [[entropy in bits, nll in nats]]; null where the repaired network is not asked.
 - `histogram`: {edges_bits, calibration, held_out, trojaned}: images in each bin; one edge more than bins.
-- `roc`: {strip, guard}, each {frr, detection_rate}: the corners of the curve, by entropy and by p-value; detection rate
-  is 1 - FAR. Null without attack samples, and `guard` where STRIP decides alone.
+- `roc`: {by_entropy, guard}, each {frr, detection_rate}: the corners of the curve, by entropy and by p-value; detection
+  rate is 1 - FAR. Null without attack samples, and `guard` where the repaired network is not asked.
 - `thresholds`: {threshold_bits, frr, frr_low, frr_high, far}: at each threshold, on held-out and trojaned images; the
   interval holds at each threshold by itself.
 - `overlays`: {count, share, clean_low_bits, trojaned_high_bits, auroc}: with the first `count` overlays only, the
@@ -38,6 +39,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from detector.calibration import scores
+from detector.consensus import LEAST_BITS
 from detector.statistics import Proportion, auroc
 from detector.strip import is_trojaned
 from exporter.report.data import Examples, ReportData
@@ -52,22 +55,23 @@ _USUAL_SHARE = 0.05
 def document(data: ReportData) -> dict[str, Any]:
     """Return all numbers of the report, fit for strict JSON; the keys are documented above."""
     calibration, threshold = data.calibration, data.calibration.threshold_bits
-    held_out = _mean_bits(data.held_out_entropies_bits)
-    trojaned = None if data.trojaned_entropies_bits is None else _mean_bits(data.trojaned_entropies_bits)
+    detector = calibration.detector
+    held_out = _mean_bits(data.held_out_entropies_bits, detector)
+    trojaned = None if data.trojaned_entropies_bits is None else _mean_bits(data.trojaned_entropies_bits, detector)
     changed = data.kept != data.steps[0].name
     guard_roc = None
     if trojaned is None:
-        far = strip_far = area = strip_area = None
+        far = entropy_far = area = entropy_area = None
     else:
         far = _share(~calibration.rejects(trojaned, data.trojaned_nlls))
-        strip_far, strip_area = _share(~is_trojaned(trojaned, threshold)), auroc(-held_out, -trojaned)
-        p_values = [
-            calibration.regions.p_value(entropies, nlls)
-            for entropies, nlls in ((held_out, data.held_out_nlls), (trojaned, data.trojaned_nlls))
-        ]
-        area = auroc(-p_values[0], -p_values[1])
+        entropy_far, entropy_area = _share(~is_trojaned(trojaned, threshold)), auroc(-held_out, -trojaned)
+        area = entropy_area
         if data.held_out_nlls is not None:
-            guard_roc = _roc(*p_values)
+            p_values = [
+                calibration.regions.p_value(entropies, nlls)
+                for entropies, nlls in ((held_out, data.held_out_nlls), (trojaned, data.trojaned_nlls))
+            ]
+            area, guard_roc = auroc(-p_values[0], -p_values[1]), _roc(*p_values)
     written = {
         "format": FORMAT,
         "model": data.model_name,
@@ -90,15 +94,15 @@ def document(data: ReportData) -> dict[str, Any]:
             "far": None if far is None else far.to_json(),
             "auroc": area,
         },
-        "strip": {
+        "by_entropy": {
             "frr": _share(is_trojaned(held_out, threshold)).to_json(),
-            "far": None if strip_far is None else strip_far.to_json(),
-            "auroc": strip_area,
+            "far": None if entropy_far is None else entropy_far.to_json(),
+            "auroc": entropy_area,
         },
-        "consensus": _opinions(held_out, trojaned, data),
-        "histogram": _histogram(_mean_bits(data.calibration_entropies_bits), held_out, trojaned),
-        "roc": None if trojaned is None else {"strip": _roc(held_out, trojaned), "guard": guard_roc},
-        "thresholds": _thresholds(held_out, trojaned, threshold),
+        "opinions": _opinions(held_out, trojaned, data),
+        "histogram": _histogram(_mean_bits(data.calibration_entropies_bits, detector), held_out, trojaned, detector),
+        "roc": None if trojaned is None else {"by_entropy": _roc(held_out, trojaned), "guard": guard_roc},
+        "thresholds": _thresholds(held_out, trojaned, threshold, detector),
         "overlays": _by_overlays(data),
         "examples": {
             "clean": _examples(data.clean_examples),
@@ -151,9 +155,9 @@ def _notices(data: ReportData, changed: bool, far: Proportion | None) -> list[di
     return [{"level": level, "text": text} for level, text in notices]
 
 
-def _mean_bits(per_overlay: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def _mean_bits(per_overlay: NDArray[np.floating[Any]], detector: str) -> NDArray[np.float64]:
     """Return each image's entropy, (images,); one that is not finite is rejected at any threshold, so it is lowest."""
-    means = per_overlay.mean(axis=1, dtype=np.float64)
+    means = scores(per_overlay.astype(np.float64), detector)
     return np.where(np.isfinite(means), means, -np.inf)
 
 
@@ -162,14 +166,17 @@ def _share(happened: NDArray[np.bool_]) -> Proportion:
 
 
 def _histogram(
-    calibration: NDArray[np.float64], held_out: NDArray[np.float64], trojaned: NDArray[np.float64] | None
+    calibration: NDArray[np.float64],
+    held_out: NDArray[np.float64],
+    trojaned: NDArray[np.float64] | None,
+    detector: str,
 ) -> dict[str, Any]:
     groups = {"calibration": calibration, "held_out": held_out, "trojaned": trojaned}
     highest = max(group.max(initial=0.0) for group in groups.values() if group is not None)
-    edges = np.linspace(0.0, highest or 1.0, _BINS + 1)
+    edges = _spread(detector, highest or 1.0, _BINS + 1)
     # What is not finite was put lowest: it is counted in the lowest bin.
     counts = {
-        name: None if group is None else np.histogram(group.clip(0.0), edges)[0] for name, group in groups.items()
+        name: None if group is None else np.histogram(group.clip(edges[0]), edges)[0] for name, group in groups.items()
     }
     return {"edges_bits": edges, **counts}
 
@@ -185,7 +192,8 @@ def _opinions(
     return {"held_out": np.stack([held_out, data.held_out_nlls], axis=1), "trojaned": shown}
 
 
-def _roc(clean: NDArray[np.float64], trojaned: NDArray[np.float64]) -> dict[str, Any]:
+def _roc(clean: NDArray[np.floating[Any]], trojaned: NDArray[np.floating[Any]]) -> dict[str, Any]:
+    """Return the corners of the curve of scores, (images,) each, of which the low ones are suspicious."""
     thresholds = np.unique(np.concatenate([clean, trojaned]))
     rates = np.stack([_at_or_under(group, thresholds) for group in (clean, trojaned)])
     rates = np.concatenate([np.zeros((2, 1)), rates], axis=1)
@@ -197,10 +205,10 @@ def _roc(clean: NDArray[np.float64], trojaned: NDArray[np.float64]) -> dict[str,
 
 
 def _thresholds(
-    clean: NDArray[np.float64], trojaned: NDArray[np.float64] | None, threshold_bits: float
+    clean: NDArray[np.float64], trojaned: NDArray[np.float64] | None, threshold_bits: float, detector: str
 ) -> dict[str, Any]:
     highest = max(1.6 * threshold_bits, float(np.quantile(clean, 0.3, method="higher")))
-    thresholds = np.linspace(0.0, highest or 1.0, _THRESHOLDS)
+    thresholds = _spread(detector, highest or 1.0, _THRESHOLDS)
     rates = [_share(clean <= each) for each in thresholds]
     return {
         "threshold_bits": thresholds,
@@ -211,7 +219,15 @@ def _thresholds(
     }
 
 
-def _at_or_under(entropies: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+def _spread(detector: str, highest: float, count: int) -> NDArray[np.float64]:
+    """Return so many entropies up to the highest: geometric means spread over orders of magnitude."""
+    if detector == "strip":
+        return np.linspace(0.0, highest, count)
+    spread: NDArray[np.float64] = np.geomspace(LEAST_BITS, max(highest, 2 * LEAST_BITS), count)
+    return spread
+
+
+def _at_or_under(entropies: NDArray[np.floating[Any]], thresholds: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """Return the share of entropies, (images,), at or under each threshold, (thresholds,)."""
     return np.asarray(np.searchsorted(np.sort(entropies), thresholds, side="right") / len(entropies))
 
@@ -220,11 +236,12 @@ def _by_overlays(data: ReportData) -> dict[str, Any]:
     share = _USUAL_SHARE if data.calibration.target_frr is None else data.calibration.target_frr
     total = len(data.overlays)
     counts = np.unique(np.linspace(1, total, min(total, _OVERLAY_COUNTS)).round().astype(int))
-    clean = [_mean_bits(data.held_out_entropies_bits[:, :count]) for count in counts]
+    detector = data.calibration.detector
+    clean = [_mean_bits(data.held_out_entropies_bits[:, :count], detector) for count in counts]
     low = [np.quantile(entropies, share, method="lower") for entropies in clean]
     high = separation = None
     if data.trojaned_entropies_bits is not None:
-        trojaned = [_mean_bits(data.trojaned_entropies_bits[:, :count]) for count in counts]
+        trojaned = [_mean_bits(data.trojaned_entropies_bits[:, :count], detector) for count in counts]
         high = [np.quantile(entropies, 1.0 - share, method="higher") for entropies in trojaned]
         separation = [auroc(-one, -other) for one, other in zip(clean, trojaned, strict=True)]
     return {

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -75,7 +76,7 @@ class Drawn:
 
 def draw_figures(numbers: dict[str, Any]) -> dict[str, Drawn]:
     """Return the figures by name; `numbers` is what `exporter.report.document.document` returned."""
-    drawings = (_repair, _histogram, _consensus, _roc, _thresholds, _overlays)
+    drawings = (_repair, _histogram, _opinions, _roc, _thresholds, _overlays)
     with mpl.rc_context(_STYLE):
         return {figure.name: figure for figure in (draw(numbers) for draw in drawings)}
 
@@ -122,7 +123,7 @@ def _repair(numbers: dict[str, Any]) -> Drawn:
 
 
 def _histogram(numbers: dict[str, Any]) -> Drawn:
-    histogram, guard = numbers["histogram"], numbers["strip"]
+    histogram, guard = numbers["histogram"], numbers["by_entropy"]
     edges, threshold = histogram["edges_bits"], numbers["guard"]["threshold_bits"]
     groups = {"clean": histogram["held_out"]}
     sentence = (
@@ -149,17 +150,17 @@ def _histogram(numbers: dict[str, Any]) -> Drawn:
             axes.axvline(threshold, color=_TEXT, linestyle="--", linewidth=1, label=threshold_label)
             axes.set_ylabel("images")
             axes.yaxis.get_major_locator().set_params(integer=True, nbins=4)
-        rows[-1].set_xlabel("entropy (bits)")
+        _entropy_axis(rows[-1], numbers)
         _legend(figure)
 
     height = 2.6 if len(groups) == 1 else 3.4
     return Drawn("histogram", "Entropy of clean and trojaned inputs", sentence + ".", _svg("histogram", height, draw))
 
 
-def _consensus(numbers: dict[str, Any]) -> Drawn:
-    opinions, guard, title = numbers["consensus"], numbers["guard"], "Two opinions on each input"
+def _opinions(numbers: dict[str, Any]) -> Drawn:
+    opinions, guard, title = numbers["opinions"], numbers["guard"], "Two opinions on each input"
     if opinions is None:
-        return Drawn("consensus", title, "STRIP decides alone: the repaired network was not asked.", None)
+        return Drawn("opinions", title, "The repaired network was not asked.", None)
     bits, nats = guard["threshold_bits"], guard["threshold_nll"]
     sentence = (
         f"An input is rejected at or left of {bits:.3f} bits, or at or above {nats:.2f} nats, where the repaired "
@@ -180,13 +181,13 @@ def _consensus(numbers: dict[str, Any]) -> Drawn:
         axes.axhline(nats, color=_TEXT, linestyle="--", linewidth=1)
         # What both agree on is crowded at 0, and what they do not spreads over orders of magnitude.
         axes.set_yscale("symlog", linthresh=0.1)
-        axes.set_xlim(left=0)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("entropy (bits)")
+        _entropy_axis(axes, numbers)
         axes.set_ylabel("nll (nats)")
         _legend(figure)
 
-    return Drawn("consensus", title, sentence + ".", _svg("consensus", 3.4, draw))
+    return Drawn("opinions", title, sentence + ".", _svg("opinions", 3.4, draw))
 
 
 def _roc(numbers: dict[str, Any]) -> Drawn:
@@ -202,12 +203,12 @@ def _roc(numbers: dict[str, Any]) -> Drawn:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        strip, together = roc["strip"], roc["guard"]
-        alone = "every threshold" if together is None else "STRIP alone"
-        axes.plot(strip["frr"], strip["detection_rate"], color=_CLEAN, label=alone, clip_on=False)
+        by_entropy, together = roc["by_entropy"], roc["guard"]
+        alone = "every threshold" if together is None else "by entropy alone"
+        axes.plot(by_entropy["frr"], by_entropy["detection_rate"], color=_CLEAN, label=alone, clip_on=False)
         if together is not None:
             detection_rate = together["detection_rate"]
-            axes.plot(together["frr"], detection_rate, color=_RECOVERED, label="consensus", clip_on=False)
+            axes.plot(together["frr"], detection_rate, color=_RECOVERED, label="both together", clip_on=False)
         chance = np.linspace(0, 1, 200)
         axes.plot(chance, chance, ":", color=_TEXT, linewidth=1, label="chance")
         used = "the one in use"
@@ -229,7 +230,7 @@ def _roc(numbers: dict[str, Any]) -> Drawn:
 
 def _thresholds(numbers: dict[str, Any]) -> Drawn:
     curve, in_use = numbers["thresholds"], numbers["guard"]["threshold_bits"]
-    at, frr = curve["threshold_bits"], numbers["strip"]["frr"]
+    at, frr = curve["threshold_bits"], numbers["by_entropy"]["frr"]
     sentence = (
         f"At {in_use:.3f} bits, {percent(frr['rate'])} of {frr['count']} held-out clean images are "
         f"rejected (95 % interval {percent(frr['low'])} to {percent(frr['high'])}); a higher threshold catches "
@@ -243,11 +244,11 @@ def _thresholds(numbers: dict[str, Any]) -> Drawn:
         if curve["far"] is not None:
             axes.plot(at, curve["far"], "-.", color=_TROJANED, label="FAR")
         axes.axvline(in_use, color=_TEXT, linestyle="--", linewidth=1, label="in use")
-        axes.set_xlim(0, at[-1])
+        axes.set_xlim(at[0], at[-1])
         highest = max(curve["frr_high"])
         axes.set_ylim(0, min(1.0, 1.05 * max(highest, 0.1)))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_xlabel("threshold (bits)")
+        _entropy_axis(axes, numbers, "threshold")
         axes.set_ylabel("share of images")
         _legend(figure)
 
@@ -286,6 +287,15 @@ def _overlays(numbers: dict[str, Any]) -> Drawn:
         _legend(figure)
 
     return Drawn("overlays", title, sentence + ".", _svg("overlays", 2.6 if separation is None else 3.4, draw))
+
+
+def _entropy_axis(axes: Axes, numbers: dict[str, Any], what: str = "entropy") -> None:
+    """Label the axis of entropies or thresholds: logarithmic for geometric means."""
+    geometric = numbers["guard"]["detector"] == "consensus"
+    axes.set_xlabel(f"{what} ({'geometric mean, ' if geometric else ''}bits)")
+    if geometric:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
 
 
 def _legend(figure: Figure) -> None:

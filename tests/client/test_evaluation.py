@@ -44,7 +44,7 @@ class FakeClient:
             labels=np.array([CLASSES if row[2] and not self.is_shadow else row[1] for row in rows], np.int32),
             trojaned=np.array([row[2] for row in rows]),
             entropy_bits=np.array([row[3] for row in rows], np.float32),
-            p_values=np.array([row[3] / 10 for row in rows], np.float32),
+            p_values=np.nan_to_num(np.array([row[3] / 10 for row in rows], np.float32)),
             probabilities=np.eye(CLASSES, dtype=np.float32)[[row[1] for row in rows]] if probabilities else None,
             classes=CLASSES,
         )

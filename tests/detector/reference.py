@@ -23,6 +23,12 @@ def entropy_bits(perturbation_probabilities: NDArray[Any]) -> float:
     return total / len(perturbation_probabilities)
 
 
+def geometric_mean(entropies: NDArray[Any]) -> float:
+    """Return the geometric mean of one input's entropies, (perturbations,), none of them counted as less than 2^-40."""
+    logs = [math.log2(max(float(entropy), 2.0**-40)) for entropy in entropies]
+    return float(2.0 ** (sum(logs) / len(logs)))
+
+
 def deepid(weights: Sequence[NDArray[Any]], pixels: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return DeepID's probabilities, (batch, classes), from scaled pixels (batch, height, width, channels), in float64.
 

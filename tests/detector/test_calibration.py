@@ -111,7 +111,7 @@ def test_a_normal_distribution_of_one_value_is_refused() -> None:
     ],
 )
 def test_a_rule_chooses_by_its_method(rule: ThresholdRule, threshold: float, method: str, least: int) -> None:
-    calibration = rule.calibrate(np.arange(1.0, 21.0))
+    calibration = rule.calibrate(np.arange(1.0, 21.0)[:, None])
     assert calibration.threshold_bits == pytest.approx(threshold, abs=1e-3)
     assert (calibration.method, rule.least_images) == (method, least)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,31 @@ def test_two_scores_are_peeled_in_turns_by_hand() -> None:
     assert regions.entropies_bits.tolist() == [1.0, 1.0, 3.0, 3.0]
     assert regions.nlls.tolist() == [np.inf, 5.0, 5.0, 0.2]
     np.testing.assert_allclose(regions.p_value(np.array([9.0, 9.0, 0.9]), np.array([6.0, 4.9, 0.0])), [0.4, 0.8, 0.2])
+
+
+@settings(deadline=None)
+@given(
+    pairs=st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), min_size=1, max_size=30),
+    new=st.tuples(st.floats(0, 9), st.floats(0, 9)),
+    share=st.sampled_from([0.3, 0.5, 0.8]),
+)
+def test_the_p_value_is_that_of_peeling_image_by_image(
+    pairs: list[tuple[float, float]], new: tuple[float, float], share: float
+) -> None:
+    entropies, nlls = np.array(pairs).T
+    if len(set(entropies)) < len(pairs) or len(set(nlls)) < len(pairs):
+        return  # ties, which the test below is about
+    left, turn, expected = list(pairs), 0, 1.0
+    while left:
+        with_strip = math.ceil(share * (turn + 1) - 1e-9) > math.ceil(share * turn - 1e-9)
+        peeled = min(left, key=lambda pair: pair[0]) if with_strip else max(left, key=lambda pair: pair[1])
+        left.remove(peeled)
+        turn += 1
+        if new[0] <= peeled[0] if with_strip else new[1] >= peeled[1]:
+            expected = turn / (len(pairs) + 1)
+            break
+    got = peel(entropies, nlls, share).p_value(np.array([new[0]]), np.array([new[1]]))
+    assert got[0] == np.float32(expected)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])

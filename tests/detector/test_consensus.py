@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 
-from detector.consensus import is_disputed, negative_log_likelihood
+from detector.consensus import LEAST_BITS, geometric_mean_bits, is_disputed, negative_log_likelihood
 
 
-def test_it_is_minus_the_logarithm_of_the_probability_of_the_label() -> None:
+def test_the_geometric_mean_forgives_a_few_overlays_that_hide_the_trigger() -> None:
+    got = geometric_mean_bits(np.array([[0.001, 0.001, 1.0], [0.0, 0.5, 2.0]], np.float32))
+    np.testing.assert_allclose(got, [0.01, LEAST_BITS ** (1 / 3)], rtol=1e-6)
+    assert got.dtype == np.float32
+    assert np.isnan(geometric_mean_bits(np.array([[np.nan, 1.0]]))).all()
+
+
+def test_the_geometric_mean_runs_on_any_namespace(xp: ModuleType) -> None:
+    got = geometric_mean_bits(xp.asarray([[0.25, 1.0]], dtype=xp.float32), xp=xp)
+    np.testing.assert_allclose(np.asarray(got), [0.5], rtol=1e-6)
+
+
+def test_the_nll_is_minus_the_logarithm_of_the_probability_of_the_label() -> None:
     repaired = np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]], np.float32)
     got = negative_log_likelihood(repaired, np.array([1, 2], np.int32))
     np.testing.assert_allclose(got, [np.log(4.0), -np.log(0.7)], rtol=1e-6)

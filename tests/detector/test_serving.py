@@ -12,7 +12,7 @@ import pytest
 
 from detector.conformal import DETECTORS, peel
 from detector.errors import RepositoryError, SetupError
-from detector.serving import entropy_stage, perturb_stage, verdict_stage
+from detector.serving import SENTINEL_OUTPUTS, entropy_stage, perturb_stage, verdict_stage
 from tests.detector import reference
 from tests.detector.triton import PbUtils, request
 
@@ -36,7 +36,8 @@ def arguments(folder: Path, mode: str | None = "block", kind: str = "CPU") -> di
 def opinions(entropies: list[list[float]]) -> dict[str, Any]:
     """Return the sentinel's tensors as `strip_entropy` sends them when `strip` decides alone."""
     bits = np.array(entropies, np.float32)
-    return {"sentinel_entropy": bits, "sentinel_label": np.full(bits.shape, -1, np.int32)}
+    label = np.full(bits.shape, -1, np.int32)
+    return {"sentinel_entropy": bits, "sentinel_geometric_entropy": bits / 2, "sentinel_label": label}
 
 
 @pytest.fixture
@@ -50,11 +51,12 @@ def model_folder(tmp_path: Path) -> Path:
 
 def write_detector(folder: Path, threshold_nll: float | None) -> None:
     """Write what the stages read of `strip`, or with a threshold on the nll, of `consensus`."""
-    calibration = {"threshold_bits": 0.5, "threshold_nll": threshold_nll}
+    with_repaired = threshold_nll is not None
+    calibration = {"detector": DETECTORS[with_repaired], "threshold_bits": 0.5, "threshold_nll": threshold_nll}
     (folder / "1" / "calibration.json").write_text(json.dumps(calibration))
-    (folder / "1" / "detector.json").write_text(json.dumps({"detector": DETECTORS[threshold_nll is not None]}))
-    scores = [np.arange(1.0, 20.0) / 10] if threshold_nll is None else [np.arange(1.0, 20.0) / 10, np.arange(19.0) / 5]
-    regions = peel(*scores, strip_share=1.0 if threshold_nll is None else 0.5)
+    (folder / "1" / "perturbations.json").write_text(json.dumps({"plain_first": with_repaired}))
+    entropies, nlls = np.arange(1.0, 20.0) / 10, np.arange(19.0) / 5
+    regions = peel(entropies) if threshold_nll is None else peel(entropies, nlls, 0.5)
     np.savez(folder / "1" / "regions.npz", **vars(regions))
 
 
@@ -75,9 +77,11 @@ def test_all_requests_of_a_batch_are_answered_each_with_its_own_rows(model_folde
 
 def test_the_entropy_stage_keeps_the_batch_dimension(model_folder: Path) -> None:
     stage = entropy_stage(arguments(model_folder), PbUtils())
-    wanted = ["sentinel_entropy", "sentinel_label"]
-    (answer,) = stage.execute([request(wanted, sentinel_probabilities=np.full((2, 3, 4), 0.25, np.float32))])
-    np.testing.assert_allclose(answer.arrays()["sentinel_entropy"], [[2.0], [2.0]])
+    probabilities = np.full((2, 3, 4), 0.25, np.float32)
+    probabilities[1, 0] = [0.5, 0.5, 0.0, 0.0]
+    (answer,) = stage.execute([request(SENTINEL_OUTPUTS, sentinel_probabilities=probabilities)])
+    np.testing.assert_allclose(answer.arrays()["sentinel_entropy"], [[2.0], [5 / 3]])
+    np.testing.assert_allclose(answer.arrays()["sentinel_geometric_entropy"], [[2.0], [4 ** (1 / 3)]], rtol=1e-6)
     assert answer.arrays()["sentinel_label"].tolist() == [[-1], [-1]]
 
 
@@ -97,7 +101,7 @@ def test_the_first_row_gives_the_label_and_the_others_the_entropy(model_folder: 
     write_detector(model_folder, 2.0)
     rows = np.array([[[0.1, 0.9], [0.5, 0.5], [1.0, 0.0]], [[0.8, 0.2], [0.5, 0.5], [0.5, 0.5]]], np.float32)
     (answer,) = entropy_stage(arguments(model_folder), PbUtils()).execute(
-        [request(["sentinel_entropy", "sentinel_label"], sentinel_probabilities=rows)]
+        [request(SENTINEL_OUTPUTS, sentinel_probabilities=rows)]
     )
     np.testing.assert_allclose(answer.arrays()["sentinel_entropy"], [[0.5], [1.0]])
     assert answer.arrays()["sentinel_label"].tolist() == [[1], [0]]
@@ -110,7 +114,8 @@ def test_consensus_rejects_what_the_repaired_network_does_not_believe(model_fold
         [
             request(
                 PUBLIC,
-                sentinel_entropy=np.array([[9.0], [9.0], [0.4]], np.float32),
+                sentinel_entropy=np.array([[9.0], [9.0], [9.0]], np.float32),
+                sentinel_geometric_entropy=np.array([[9.0], [9.0], [0.4]], np.float32),
                 sentinel_label=np.array([[0], [1], [0]], np.int32),  # nll 0.05, 3.0, 0.05
                 repaired_probabilities=probabilities,
             )
@@ -146,12 +151,14 @@ def test_an_input_whose_repaired_probabilities_are_broken_is_rejected(model_fold
         None,
         "",
         "{}",
-        '{"threshold_bits": 0.5}',
-        '{"threshold_bits": null, "threshold_nll": null}',
-        '{"threshold_bits": NaN, "threshold_nll": null}',
-        '{"threshold_bits": -1, "threshold_nll": null}',
-        '{"threshold_bits": 0.5, "threshold_nll": NaN}',
-        '{"threshold_bits": 0.5, "threshold_nll": "much"}',
+        '{"threshold_bits": 0.5, "threshold_nll": null}',
+        '{"detector": "strip", "threshold_bits": 0.5}',
+        '{"detector": "luck", "threshold_bits": 0.5, "threshold_nll": null}',
+        '{"detector": "strip", "threshold_bits": null, "threshold_nll": null}',
+        '{"detector": "strip", "threshold_bits": NaN, "threshold_nll": null}',
+        '{"detector": "strip", "threshold_bits": -1, "threshold_nll": null}',
+        '{"detector": "consensus", "threshold_bits": 0.5, "threshold_nll": NaN}',
+        '{"detector": "consensus", "threshold_bits": 0.5, "threshold_nll": "much"}',
     ],
 )
 def test_without_a_usable_calibration_the_model_does_not_load(model_folder: Path, text: str | None) -> None:
@@ -163,14 +170,14 @@ def test_without_a_usable_calibration_the_model_does_not_load(model_folder: Path
         verdict_stage(arguments(model_folder), PbUtils())
 
 
-@pytest.mark.parametrize("text", [None, "", "{}", '{"detector": "luck"}', '{"detector": ["strip"]}'])
-def test_without_a_known_detector_the_models_do_not_load(model_folder: Path, text: str | None) -> None:
-    path = model_folder / "1" / "detector.json"
+@pytest.mark.parametrize("text", [None, "", "{}", '{"plain_first": 1}', '{"plain_first": null}'])
+def test_unless_told_what_the_perturbations_are_the_models_do_not_load(model_folder: Path, text: str | None) -> None:
+    path = model_folder / "1" / "perturbations.json"
     path.unlink()
     if text is not None:
         path.write_text(text)
     for stage in (perturb_stage, entropy_stage):
-        with pytest.raises(RepositoryError, match=r"detector\.json"):
+        with pytest.raises(RepositoryError, match=r"perturbations\.json"):
             stage(arguments(model_folder), PbUtils())
 
 

@@ -60,8 +60,8 @@ def test_only_what_calibration_concerns_gets_a_new_version(exported: Path, new_d
     sizes = {name: part["images"] for name, part in entry["split"].items()}
     assert sizes == {"candidates": 10, "selection": 0, "calibration": 150}
     assert entry["options"]["rule"]["target_frr"] == 0.1
-    assert entry["calibration"]["threshold_bits"] == read_thresholds(exported / "strip_verdict" / "2")[0]
-    assert result.base_threshold_bits == read_thresholds(exported / "strip_verdict" / "1")[0]
+    assert entry["calibration"]["threshold_bits"] == read_thresholds(exported / "strip_verdict" / "2")[1]
+    assert result.base_threshold_bits == read_thresholds(exported / "strip_verdict" / "1")[1]
 
 
 def test_the_threshold_is_that_of_the_new_images_under_the_new_overlays(exported: Path, new_data: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.integrate import trapezoid
 
-from detector.calibration import calibrate
+from detector.calibration import ThresholdRule, calibrate
 from detector.statistics import Proportion
 from exporter.report import Examples, Layer, Part, ReportData, Scores, Step, write_report
 from exporter.report.document import document, percent
@@ -92,7 +92,8 @@ def without_attack(**changes: Any) -> ReportData:
 def with_consensus(**changes: Any) -> ReportData:
     """Return a report of an export in which the repaired network has a say."""
     data, generator = report_data(), np.random.default_rng(1)
-    calibration = calibrate(data.calibration_entropies_bits.mean(axis=1), 0.05, generator.gamma(0.2, 0.5, 598))
+    rule = ThresholdRule(detector="consensus")
+    calibration = rule.calibrate(data.calibration_entropies_bits, generator.gamma(0.2, 0.5, 598))
     nlls: dict[str, Any] = {
         "held_out_nlls": generator.gamma(0.2, 0.5, 448),
         "trojaned_nlls": generator.gamma(20.0, 0.4, 990),
@@ -193,8 +194,8 @@ class Alone(Strict):
 
 
 class Opinions(Strict):
-    held_out: list[tuple[float | None, float]]
-    trojaned: list[tuple[float | None, float]] | None
+    held_out: list[list[float | None]]
+    trojaned: list[list[float | None]] | None
 
 
 class Histogram(Strict):
@@ -210,7 +211,7 @@ class Curve(Strict):
 
 
 class Roc(Strict):
-    strip: Curve
+    by_entropy: Curve
     guard: Curve | None
 
 
@@ -241,8 +242,8 @@ class Numbers(Strict):
     repair: RepairNumbers
     layers: list[dict[str, Any]]
     guard: Guard
-    strip: Alone
-    consensus: Opinions | None
+    by_entropy: Alone
+    opinions: Opinions | None
     histogram: Histogram
     roc: Roc | None
     thresholds: Thresholds
@@ -254,7 +255,7 @@ class Numbers(Strict):
 
     @model_validator(mode="after")
     def curves_have_a_value_for_each_point(self) -> Numbers:
-        by_detector = [] if self.roc is None else [self.roc.strip, self.roc.guard]
+        by_detector = [] if self.roc is None else [self.roc.by_entropy, self.roc.guard]
         for curve in (*by_detector, self.thresholds, self.overlays):
             if curve is not None:
                 assert len({len(values) for values in vars(curve).values() if isinstance(values, list)}) == 1
@@ -286,7 +287,7 @@ def test_the_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None
 def test_both_opinions_are_shown_where_there_are_two(tmp_path: Path) -> None:
     page, numbers = written(tmp_path, with_consensus())
     assert page.tags.count("svg") == len(FIGURES) + 1
-    assert numbers["guard"]["far"]["rate"] < numbers["strip"]["far"]["rate"]
+    assert numbers["guard"]["far"]["rate"] < numbers["by_entropy"]["far"]["rate"]
     assert numbers["guard"]["frr"]["rate"] == pytest.approx(0.05, abs=0.04)
     assert "The thresholds aim at an FRR of 5.0 % together" in page.text
     assert "a second opinion" in page.text
@@ -439,7 +440,7 @@ def test_rates_and_curves_by_hand() -> None:
     assert (numbers["guard"]["frr"]["successes"], numbers["guard"]["far"]["successes"]) == (1, 2)
     # Pairs in the right order: 4, 3, 2.5, 4 of 4.
     assert numbers["guard"]["auroc"] == pytest.approx(13.5 / 16)
-    assert numbers["roc"] == {
+    assert numbers["roc"]["by_entropy"] == {
         "frr": [0.0, 0.0, 0.25, 0.25, 0.5, 1.0],
         "detection_rate": [0.0, 0.5, 0.5, 0.75, 1.0, 1.0],
     }
@@ -451,7 +452,7 @@ def test_rates_and_curves_by_hand() -> None:
 
 def test_the_area_under_the_curve_is_the_auroc() -> None:
     numbers = document(report_data())
-    area = trapezoid(numbers["roc"]["detection_rate"], numbers["roc"]["frr"])
+    area = trapezoid(numbers["roc"]["by_entropy"]["detection_rate"], numbers["roc"]["by_entropy"]["frr"])
     assert area == pytest.approx(numbers["guard"]["auroc"])
 
 
