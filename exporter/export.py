@@ -163,7 +163,7 @@ def export(
     reader = InputReader(image_shape, classes, resize=options.resize, on_progress=on_progress)
     clean = None if data.clean is None else reader.read(data.clean)
     parts = {name: reader.read(path) for name, path in data.parts.items()}
-    attack = None if data.attack is None else reader.read(data.attack)
+    attack = None if data.attack is None else reader.read_attack(data.attack)
     split = _split(clean, parts, options)
     check_accuracy(model, split.validation if clean is None else clean, preprocessing, options.seed)
     parity_images = np.concatenate([split.overlays.images, split.validation.images])[:_PARITY_IMAGES]

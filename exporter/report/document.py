@@ -11,8 +11,8 @@ is {rate, low, high, successes, count}: the rate, its exact 95 % interval, and w
   pruned_share}]}; the repair succeeded if attack success is under `goal`.
 - `layers`: [{name, kind, output_shape, parameters, pruned_share}].
 - `guard`: {threshold_bits, method, target_frr, frr_low, frr_high, images, note, alpha, overlays, frr, far, auroc}.
-  `frr_low` to `frr_high` is the 95 % range that calibration expects; the proportions `frr` (held-out clean images
-  rejected) and `far` (trojaned images accepted) were measured.
+  `frr_low` to `frr_high` is the 95 % range that calibration expects, or what `note` says of it; the proportions `frr`
+  (held-out clean images rejected) and `far` (trojaned images accepted) were measured.
 - `histogram`: {edges_bits, calibration, held_out, trojaned}: images in each bin; one edge more than bins.
 - `roc`: {frr, detection_rate}: the corners of the curve; detection rate is 1 - FAR. Null without attack samples.
 - `thresholds`: {threshold_bits, frr, frr_low, frr_high, far}: at each threshold, on held-out and trojaned images; the
