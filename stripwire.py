@@ -7,10 +7,9 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -95,6 +94,9 @@ ControlToken = Annotated[
 ]
 ControlTimeout = Annotated[float, typer.Option("--timeout", help="Longest wait for a model to load, in seconds.")]
 Exported = Annotated[Path, typer.Argument(help="Model repository written by `stripwire export`.")]
+TargetFrr = Annotated[
+    float | None, typer.Option(help="Share of clean inputs that may be rejected, 0..1.", show_default="0.05")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -181,13 +183,17 @@ def train_badnet_on(
     ] = None,
     target: Annotated[list[int] | None, typer.Option(help="The class that each trigger gives, in their order.")] = None,
     network: Annotated[Network, typer.Option(help="What is trained.")] = "convnet",
+    resize: Annotated[
+        int | None, typer.Option(min=1, help="Resize pictures to squares of so many pixels a side.")
+    ] = None,
     clean_share: Annotated[float, typer.Option(help="Of the training pictures, for the defender alone.")] = 0.1,
     epochs: Annotated[int, typer.Option(help="Of training.")] = 6,
     seed: Seed = 0,
 ) -> None:
     """Train a backdoored network on pictures of your own, to try Stripwire on."""
     from exporter.badnet import PictureBadNetOptions, train_picture_badnet
-    from samples.readers import read_samples
+    from exporter.inputs import InputReader
+    from exporter.pictures import check_pictures
 
     triggers, targets = trigger or ["patch"], target or [0]
     if len(triggers) != len(targets):
@@ -197,11 +203,16 @@ def train_badnet_on(
     attacks = tuple(zip(triggers, targets, strict=True))
     options = PictureBadNetOptions(attacks, network, clean_share=clean_share, epochs=epochs, seed=seed)
     with progress() as report:
-        learned = read_samples(train, on_progress=partial(report, f"Reading {train.name}"))
-        tested = read_samples(test, on_progress=partial(report, f"Reading {test.name}"))
-        trained = train_picture_badnet(output, learned.samples, tested.samples, options, on_progress=report)
-    for note in (*learned.notes, *tested.notes):
-        errors.print(note, markup=False, highlight=False)
+        size, resized = (None, False) if resize is None else ((resize, resize, -1), True)
+        learner = InputReader(size, None, resize=resized, on_progress=report)
+        learned = learner.read(train)
+        height, width, channels = learned.images.shape[1:]
+        classes = int(learned.labels.max()) + 1
+        tester = InputReader((height, width, channels), classes, resize=resized, on_progress=report)
+        tested = tester.read(test)
+        tell([*learner.notes, *tester.notes])
+        check_pictures(learned, tested, options)
+        trained = train_picture_badnet(output, learned, tested, options, on_progress=report)
     tell_about_badnet(f"BadNet of {train}, triggers {', '.join(triggers)}", trained)
 
 
@@ -257,7 +268,7 @@ def export(
     calibration_method: Annotated[
         CalibrationMethod | None, typer.Option(help="Order statistic, fitted normal distribution, or as given.")
     ] = None,
-    target_frr: Annotated[float, typer.Option(help="Share of clean inputs that may be rejected, 0..1.")] = 0.05,
+    target_frr: TargetFrr = None,
     threshold_bits: Annotated[
         float | None, typer.Option(help="Entropy threshold to use as it is, instead of --target-frr.")
     ] = None,
@@ -289,7 +300,9 @@ def export(
         overlays=overlays,
         overlay_choice=overlay_choice,
         alpha=alpha,
-        rule=ThresholdRule(calibration_method, target_frr, threshold_bits, detector),
+        rule=ThresholdRule(
+            calibration_method, aim(target_frr, threshold_bits, overlay_choice), threshold_bits, detector
+        ),
         seed=seed,
     )
     given = {
@@ -302,21 +315,9 @@ def export(
     data = Data(clean, {name: path for name, path in given.items() if path is not None}, attack)
     with progress() as report:
         result = run_export(model, data, output, options, on_progress=report)
-    if as_json:
-        print_json({"output": str(output), "version": result.version, **result.provenance})
-        return
-    for note in result.notes:
-        errors.print(note, markup=False, highlight=False)
-    if result.network_outputs == "logits":
-        say("The network returns logits: a softmax was put behind it.")
-    console.print(repair_table(result))
-    console.print(scores_table(result))
-    calibration = result.calibration
-    console.print(
-        f"Threshold {thresholds(calibration)} from {calibration.images} clean images: further clean inputs are "
-        f"rejected at {calibration.frr_low:.1%} to {calibration.frr_high:.1%} (95 %)."
-    )
-    if detector == "consensus" and not calibration.asks_repaired:
+    tell(result.notes)
+    warn(result.calibration.note or None)
+    if detector == "consensus" and not result.calibration.asks_repaired:
         warn(ALONE)
     if repair != "none" and not result.repair.changed:
         warn(
@@ -328,6 +329,17 @@ def export(
             f"the attack still succeeds on {result.after.attack_success.rate:.1%} of the attack samples: the repaired "
             "network is not to be trusted. Try more --epochs, more clean data, or another --repair"
         )
+    if as_json:
+        print_json({"output": str(output), "version": result.version, **result.provenance})
+        return
+    softmax = ": a softmax was put behind it" if result.network_outputs == "logits" else ""
+    say(f"The network returns {result.network_outputs}{softmax}.")
+    console.print(repair_table(result))
+    console.print(scores_table(result))
+    calibration = result.calibration
+    console.print(
+        f"Threshold {thresholds(calibration)} from {calibration.images} clean images: {rejections(calibration)}."
+    )
     say(f"Version {result.version} written to {output}; all about it in {result.report}. Next:")
     command("serve", output)
 
@@ -393,7 +405,7 @@ def calibrate(
         Detector | None,
         typer.Option(help="STRIP alone, or joined by the repaired network.", show_default="as it is"),
     ] = None,
-    target_frr: Annotated[float, typer.Option(help="Share of clean inputs that may be rejected, 0..1.")] = 0.05,
+    target_frr: TargetFrr = None,
     threshold_bits: Annotated[
         float | None, typer.Option(help="Entropy threshold to use as it is, instead of --target-frr.")
     ] = None,
@@ -432,8 +444,9 @@ def calibrate(
     from detector.calibration import ThresholdRule
     from exporter.recalibration import RecalibrationOptions, recalibrate
 
+    rule = ThresholdRule(calibration_method, aim(target_frr, threshold_bits, overlay_choice), threshold_bits)
     options = RecalibrationOptions(
-        rule=ThresholdRule(calibration_method, target_frr, threshold_bits),
+        rule=rule,
         detector=detector,
         overlays=overlays,
         alpha=alpha,
@@ -446,8 +459,10 @@ def calibrate(
         with progress() as report:
             result = recalibrate(repository, clean, options, on_progress=report)
         served = switch(control, repository, back_to=result.base)
-    for note in result.notes:
-        errors.print(note, markup=False, highlight=False)
+    tell(result.notes)
+    warn(result.calibration.note or None)
+    if detector == "consensus" and not result.calibration.asks_repaired:
+        warn(ALONE)
     if as_json:
         written = {"repository": str(repository), "version": result.version, "served": served}
         print_json({**written, **result.provenance})
@@ -455,12 +470,8 @@ def calibrate(
     calibration = result.calibration
     console.print(
         f"Threshold {result.base_threshold_bits:.4f} -> {thresholds(calibration)}; of {calibration.images} clean "
-        f"images it rejects {calibration.calibration_frr:.1%}, and of further ones {calibration.frr_low:.1%} to "
-        f"{calibration.frr_high:.1%} (95 %)."
+        f"images it rejects {calibration.calibration_frr:.1%}: {rejections(calibration)}."
     )
-    if detector == "consensus" and not calibration.asks_repaired:
-        warn(ALONE)
-    warn(calibration.note or None)
     say(f"Version {result.version}, written to {repository}, is active in place of {result.base}.")
     tell_how_to_switch(repository, served)
 
@@ -543,8 +554,7 @@ def classify(
         about = client.metadata()
         loaded = load_images(files, size=about.image_shape, resize=resize)
         verdicts = client.classify(loaded.images, on_progress=lambda done, total: report("Classifying", done, total))
-    for note in loaded.notes:
-        errors.print(note, markup=False, highlight=False)
+    tell(loaded.notes)
     if as_json:
         rows = [{"name": name, **asdict(verdict)} for name, verdict in zip(loaded.names, verdicts, strict=True)]
         print_json(rows)
@@ -581,18 +591,20 @@ def evaluate(
 ) -> None:
     """Measure accuracy, attack success, FAR and FRR through the server, with 95 % intervals."""
     from client.evaluation import evaluate as run_evaluation
-    from samples.readers import read_samples
+    from exporter.inputs import InputReader
 
     with progress() as report, connect(url, timeout, token, tls, tls_ca, tls_key, tls_cert) as client:
-        read = partial(read_samples, image_shape=client.metadata().image_shape, resize=resize)
-        clean_samples = read(clean).samples
-        trojaned_samples = None if trojaned is None else read(trojaned).samples
+        about = client.metadata()
+        reader = InputReader(about.image_shape, about.classes, resize=resize, on_progress=report)
+        clean_samples = reader.read(clean)
+        trojaned_samples = None if trojaned is None else reader.read_attack(trojaned)
         result = run_evaluation(
             client,
             clean_samples,
             trojaned_samples,
             on_progress=lambda done, total: report("Evaluating", done, total),
         )
+    tell(reader.notes)
     if as_json:
         print_json(result.to_json())
         return
@@ -626,6 +638,14 @@ def tell_about_badnet(title: str, trained: BadNet) -> None:
     say(f"Written to {trained.folder}. Next:")
     folder = trained.folder
     command("export", folder / MODEL_FILE, "--clean", folder / VALIDATION_FILE, "--output", "repository")
+
+
+def rejections(calibration: Calibration) -> str:
+    """Say how many clean inputs are rejected, and what that rests on."""
+    rates = f"{calibration.frr_low:.1%} to {calibration.frr_high:.1%} (95 %)"
+    if calibration.note:
+        return f"these very images put its rejections at {rates}, further ones may not"
+    return f"further clean inputs are rejected at {rates}"
 
 
 def repair_table(result: Export) -> Table:
@@ -814,6 +834,27 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",")) if text else ()
     except ValueError:
         raise InputError(f"{name}: got {text!r}, expected numbers with commas between, such as 0.5,0.5,0.5") from None
+
+
+def aim(target_frr: float | None, threshold_bits: float | None, overlay_choice: str) -> float:
+    """Return the target FRR, or what it is where none is given; refuse one that nothing would look at."""
+    from detector.calibration import ThresholdRule
+    from exporter.commands import uses_target_frr
+
+    if target_frr is None:
+        return ThresholdRule.target_frr
+    if not uses_target_frr(threshold_bits, overlay_choice):
+        raise InputError(
+            f"target FRR: got {target_frr:g} and a threshold of {threshold_bits:g} bits, expected one of them: a given "
+            "threshold is taken as it is"
+        )
+    return target_frr
+
+
+def tell(notes: Sequence[str]) -> None:
+    """Print notes on stderr, a line each."""
+    for note in notes:
+        errors.print(note, markup=False, highlight=False)
 
 
 def say(text: str) -> None:

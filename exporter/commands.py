@@ -34,13 +34,18 @@ def commands(model: Path, data: Data, output: Path, options: ExportOptions) -> t
         "alpha": options.input_weight,
         "detector": rule.detector,
         "calibration-method": rule.method,
-        "target-frr": rule.target_frr,
+        "target-frr": rule.target_frr if uses_target_frr(rule.threshold_bits, options.overlay_choice) else None,
         "threshold-bits": rule.threshold_bits,
         "seed": options.seed,
     }
     arguments = [str(part) for name, value in values.items() if value is not None for part in (f"--{name}", value)]
     resize = ["--resize"] if options.resize else []
     return ("stripwire", "export", str(model), *arguments, *resize), ("stripwire", "serve", str(output))
+
+
+def uses_target_frr(threshold_bits: float | None, overlay_choice: str) -> bool:
+    """Return whether a target FRR shapes the result: where the threshold is given, greedy overlays alone look at it."""
+    return threshold_bits is None or overlay_choice == "greedy"
 
 
 _SINGULAR = {"overlays": "overlay"}

@@ -159,7 +159,7 @@ def export(
     reader = InputReader(image_shape, classes, resize=options.resize, on_progress=on_progress)
     clean = None if data.clean is None else reader.read(data.clean)
     parts = {name: reader.read(path) for name, path in data.parts.items()}
-    attack = None if data.attack is None else reader.read(data.attack)
+    attack = None if data.attack is None else reader.read_attack(data.attack)
     split = split_clean(
         clean,
         overlay_count=options.overlays,
@@ -206,7 +206,7 @@ def export(
     provenance = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "inputs": {name: reader.describe(path) for name, path in inputs.items() if path is not None},
-        "options": asdict(options),
+        "options": asdict(options) | {"alpha": options.input_weight},
         "network_outputs": network_outputs,
         "split": split.to_json(),
         "scores": {"before": before.to_json(), "after": after.to_json()},

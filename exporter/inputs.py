@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from model_repository.manifest import sha256_of
 from samples.hdf5 import check_labels
 from samples.readers import read_samples
+from samples.sizes import Size
 from samples.types import Samples
 
 
@@ -15,7 +18,7 @@ class InputReader:
     """Reads data sets of one image shape.
 
     Args:
-        image_shape: (height, width, channels) that the images must have.
+        image_shape: (height, width, channels) that the images must have; -1, or None for all, takes any.
         classes: how many there are; None leaves labels unchecked.
         resize: change the images' height and width instead of refusing them.
         on_progress: told what is read, images done and images in all.
@@ -26,7 +29,7 @@ class InputReader:
 
     def __init__(
         self,
-        image_shape: tuple[int, int, int],
+        image_shape: Size | None,
         classes: int | None,
         *,
         resize: bool,
@@ -36,7 +39,7 @@ class InputReader:
         self._classes = classes
         self._resize = resize
         self._on_progress = on_progress
-        self._digests: dict[Path, str] = {}
+        self._digests: dict[Path, dict[str, str]] = {}
         self.notes: list[str] = []
 
     def read(self, path: Path) -> Samples:
@@ -54,14 +57,27 @@ class InputReader:
         if self._classes is not None:
             check_labels(dataset.samples, self._classes, path)
         self.notes += [f"{path}: {note}" for note in dataset.notes]
-        self._digests[path] = dataset.samples.sha256()
+        self._digests[path] = dataset.samples.digests()
         return dataset.samples
 
+    def read_attack(self, path: Path) -> Samples:
+        """Read trojaned images as `read` does, and note those that say nothing about the attack.
+
+        Raises:
+            DataError: they cannot be used; see `samples.readers`.
+        """
+        attack = self.read(path)
+        alike = 0 if attack.true_labels is None else int(np.count_nonzero(attack.true_labels == attack.labels))
+        if alike:
+            self.notes.append(
+                f"{path}: {alike} of {len(attack)} images really show the attacker's class, so that the same answer "
+                "counts as attack success and as recovered accuracy; leave them out to measure the attack"
+            )
+        return attack
+
     def describe(self, path: Path) -> dict[str, str]:
-        """Return a file's name, its hash if it is no folder, and that of the images in it, for the manifest."""
+        """Return a file's name, its hash if it is no folder, and the digests of what is in it, for the manifest."""
         described = {"file": path.name}
         if path.is_file():
             described["sha256"] = sha256_of(path)
-        if path in self._digests:
-            described["images_sha256"] = self._digests[path]
-        return described
+        return described | self._digests.get(path, {})

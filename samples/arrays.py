@@ -93,15 +93,21 @@ def read_stored(
     groups = None if stored.groups is None else _read_numbers(path, stored.groups, count)
 
     images = np.empty(shape, np.uint8)
-    done = 0
-    for piece in _pixels(path, stored.images):
+    done = rounded = 0
+    for piece, fractions in _pixels(path, stored.images):
         batch = piece[..., np.newaxis] if stored.axes == "NHW" else piece.transpose(*map(stored.axes.index, "NHWC"))
         images[done : done + len(batch)] = fitted(path, batch, image_shape, resize=resize)
         done += len(batch)
+        rounded += fractions
         if on_progress is not None:
             on_progress(done, count)
-    notes = () if wanted == found else (f"`{stored.images.name}`: resized from {sides(found)} to {sides(wanted)}",)
-    return Dataset(Samples(images, labels, true_labels, groups), notes)
+    notes = []
+    if rounded:
+        notes.append(f"{rounded} of {math.prod(stored.images.shape)} values were fractions and are rounded")
+    if wanted != found:
+        notes.append(f"resized from {sides(found)} to {sides(wanted)}")
+    samples = Samples(images, labels, true_labels, groups)
+    return Dataset(samples, tuple(f"`{stored.images.name}`: {note}" for note in notes))
 
 
 def _check_declared(path: Path, images: StoredArray) -> None:
@@ -119,18 +125,19 @@ def _check_declared(path: Path, images: StoredArray) -> None:
         )
 
 
-def _pixels(path: Path, stored: StoredArray) -> Iterator[NDArray[np.uint8]]:
-    """Yield the pixels piece by piece as uint8, in the axes of the file."""
+def _pixels(path: Path, stored: StoredArray) -> Iterator[tuple[NDArray[np.uint8], int]]:
+    """Yield the pixels piece by piece as uint8, in the axes of the file, and how many of them were fractions."""
     largest = 0.0
     for piece in stored.pieces(max(1, _PIECE_BYTES // (stored.dtype.itemsize * math.prod(stored.shape[1:])))):
         if piece.dtype == np.uint8:
-            yield piece
+            yield piece, 0
             continue
         low, high = float(piece.min()), float(piece.max())
         if not (low >= 0.0 and high <= 255.0):  # also when NaN
             raise DataError(f"{path}: `{stored.name}` has values from {low:g} to {high:g}, expected pixels in 0..255")
         largest = max(largest, high)
-        yield np.rint(piece).astype(np.uint8)
+        rounded = np.rint(piece)
+        yield rounded.astype(np.uint8), int(np.count_nonzero(rounded != piece))
     if 0.0 < largest <= 1.0:
         raise DataError(
             f"{path}: `{stored.name}` has values up to {largest:g} only, expected pixels in 0..255; multiply it by 255"

@@ -7,7 +7,7 @@ What happens to the pixels on the way, and nothing else does:
   spaces (palette, CMYK) become RGB. An alpha channel that hides nothing is dropped. Arrays are never converted.
 - Only when asked to, images are resized (bicubic, without keeping the aspect ratio).
 
-Conversions and resizing that were needed are listed in `LoadedImages.notes`.
+Conversions, rounding and resizing that were needed are listed in `LoadedImages.notes`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from detector.errors import DataError, InputError
 from samples.sizes import MODE_OF_CHANNELS, Size, check_resize, check_size, fitted, sides
@@ -57,7 +57,7 @@ class LoadedImages:
     Attributes:
         images: (count, height, width, channels), uint8, 0..255.
         names: (count) file names as they were given, with `[index]` where a file holds several images.
-        notes: what was converted or resized, one line per file.
+        notes: what was converted, rounded or resized, one line per file.
     """
 
     images: NDArray[np.uint8]
@@ -90,7 +90,7 @@ def load_images(paths: Iterable[str | Path], *, size: Size | None = None, resize
         if path.suffix.lower() in PICTURE_SUFFIXES:
             batch, conversions = read_picture(path, wanted_channels)
         elif path.suffix.lower() in ARRAY_SUFFIXES:
-            batch, conversions = _read_array(path), []
+            batch, conversions = _read_array(path)
         else:
             known = ", ".join(PICTURE_SUFFIXES + ARRAY_SUFFIXES)
             raise DataError(f"{path}: got a file of unknown kind, expected one of {known}")
@@ -141,15 +141,15 @@ def read_picture(path: Path, channels: int | None) -> tuple[NDArray[np.uint8], l
         raise DataError(f"{path}: cannot be read as a picture: {error}") from error
 
 
-def _converted(path: Path, picture: Image.Image, channels: int | None) -> tuple[NDArray[np.uint8], list[str]]:
+def _converted(path: Path, opened: ImageFile.ImageFile, channels: int | None) -> tuple[NDArray[np.uint8], list[str]]:
     """Return the pixels in the wanted number of channels, and what that took."""
     # Phones write JPEG as multi-picture files; there, the first is the picture.
-    if picture.format in ("PNG", "WEBP") and getattr(picture, "is_animated", False):
+    if opened.format in ("PNG", "WEBP") and getattr(opened, "is_animated", False):
         raise DataError(f"{path}: got an animation, expected one picture")
-    picture = ImageOps.exif_transpose(picture)
+    if _is_deep(opened):
+        raise DataError(f"{path}: got more than 8 bits a channel, expected 8; convert it first")
+    picture = ImageOps.exif_transpose(opened)
     mode = picture.mode
-    if mode in ("I", "F") or mode.startswith("I;"):
-        raise DataError(f"{path}: got more than 8 bits a channel (mode {mode}), expected 8; convert it first")
     is_grey = mode in _GREY_MODES
     if channels is None:
         channels = 1 if is_grey else 3
@@ -168,17 +168,30 @@ def _converted(path: Path, picture: Image.Image, channels: int | None) -> tuple[
     return pixels.reshape(1, *pixels.shape[:2], channels), conversions
 
 
-def _read_array(path: Path) -> NDArray[np.uint8]:
-    """Return (count, height, width, channels) from a `.npy` or HDF5 file."""
-    if path.suffix.lower() != ".npy":
-        from samples.hdf5 import read_hdf5
+def _is_deep(opened: ImageFile.ImageFile) -> bool:
+    """Return whether a channel has more than 8 bits in the file: of colour, Pillow drops the rest without a word."""
+    if opened.mode in ("I", "F") or opened.mode.startswith("I;"):
+        return True
+    for tile in opened.tile:
+        arguments = tile[3]
+        if isinstance(arguments, str) and arguments.endswith(";16B"):  # of PNG
+            return True
+        if opened.format == "PPM" and isinstance(arguments, tuple) and arguments[-1] > 255:  # its highest value
+            return True
+    return False
 
-        images: NDArray[np.uint8] = read_hdf5(path).images
-    else:
-        images = _read_npy(path)
+
+def _read_array(path: Path) -> tuple[NDArray[np.uint8], list[str]]:
+    """Return (count, height, width, channels) from a `.npy` or HDF5 file, and what was converted."""
+    if path.suffix.lower() != ".npy":
+        from samples.readers import read_samples
+
+        dataset = read_samples(path)
+        return dataset.samples.images, list(dataset.notes)
+    images = _read_npy(path)
     if len(images) == 0:
         raise DataError(f"{path}: got no images, expected at least one")
-    return images
+    return images, []
 
 
 def _read_npy(path: Path) -> NDArray[np.uint8]:

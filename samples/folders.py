@@ -29,8 +29,8 @@ def read_folder(
 
     The label of a picture is the line of its class folder in `classes.txt` (from 0), if the folder has such a file;
     else the number that the class folder is named by, if all are; else its rank in alphabetical order. Hidden entries
-    and files that are no pictures are left out and counted in the notes. Where all pictures are named as those of
-    GTSRB, the frames of one track are one group.
+    and files that are no pictures are left out and counted in the notes. Where pictures are named as those of GTSRB,
+    the frames of one track are one group; a picture among them that is named otherwise is a group of its own.
 
     Args:
         folder: holds the class folders.
@@ -48,12 +48,12 @@ def read_folder(
     pictures = [(label, path) for label, found in class_folders.items() for path in _pictures(folder, found, skipped)]
     if skipped:
         notes.append(f"left out as no pictures: {len(skipped)}, such as {skipped[0].relative_to(folder)}")
-    groups = _tracks(pictures)
-    if groups is not None:
-        notes.append("files are named TRACK_FRAME as in GTSRB: the frames of a track stay together")
+    groups, grouping = _tracks(folder, pictures)
     images, conversions = _read(pictures, image_shape, resize, on_progress)
     samples = Samples(images, np.array([label for label, _ in pictures], np.int64), groups=groups)
-    return Dataset(samples, (*notes, *conversions), {label: found.name for label, found in class_folders.items()})
+    return Dataset(
+        samples, (*notes, *grouping, *conversions), {label: found.name for label, found in class_folders.items()}
+    )
 
 
 def _read(
@@ -178,11 +178,23 @@ def _listed(folder: Path, names: list[str]) -> Mapping[str, int]:
     return labels
 
 
-def _tracks(pictures: list[tuple[int, Path]]) -> NDArray[np.int64] | None:
-    """Return a number for each track of each class, if all pictures are named by track and frame."""
-    matches = [(label, _GTSRB_NAME.fullmatch(path.stem)) for label, path in pictures]
-    tracks = [(label, match[1]) for label, match in matches if match is not None]
-    if len(tracks) < len(matches):
-        return None
+def _tracks(folder: Path, pictures: list[tuple[int, Path]]) -> tuple[NDArray[np.int64] | None, list[str]]:
+    """Return a number for each track of each class, where any picture is named by track and frame, and what to say."""
+    tracks: list[tuple[int, str]] = []
+    others: list[Path] = []
+    for label, path in pictures:
+        match = _GTSRB_NAME.fullmatch(path.stem)
+        # A whole file name is the number of no track: the picture has a group to itself.
+        tracks.append((label, path.name if match is None else match[1]))
+        if match is None:
+            others.append(path)
+    if len(others) == len(pictures):
+        return None, []
+    notes = ["files are named TRACK_FRAME as in GTSRB: the frames of a track stay together"]
+    if others:
+        notes.append(
+            f"not named so, each taken for a track of its own: {len(others)} of {len(pictures)} pictures, such as "
+            f"{others[0].relative_to(folder)}"
+        )
     numbers = {track: number for number, track in enumerate(dict.fromkeys(tracks))}
-    return np.array([numbers[track] for track in tracks], np.int64)
+    return np.array([numbers[track] for track in tracks], np.int64), notes

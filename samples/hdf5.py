@@ -101,6 +101,8 @@ def _stored(file: h5py.File, name: str, path: Path) -> StoredArray:
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset):
         raise DataError(f"{path}: `{name}` is a group, expected a data set")
+    if dataset.shape is None:
+        raise DataError(f"{path}: `{name}` is declared empty (h5py.Empty), expected an array")
     if dataset.external or dataset.is_virtual:
         raise DataError(f"{path}: `{name}` keeps its values in another file, expected them in the file itself")
 

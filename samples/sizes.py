@@ -19,8 +19,8 @@ Size = tuple[int, int, int]
 
 def check_resize(size: Size | None, resize: bool) -> None:
     """Raise InputError where images are to be resized and `size` does not say to what."""
-    if resize and (size is None or min(size) < 1):
-        raise InputError(f"resize: got size {size}, expected the height, width and channels to resize to")
+    if resize and (size is None or min(size[:2]) < 1):
+        raise InputError(f"resize: got size {size}, expected the height and width to resize to")
 
 
 def fitted(path: Path, images: NDArray[np.uint8], size: Size | None, *, resize: bool) -> NDArray[np.uint8]:

@@ -43,6 +43,15 @@ class Samples:
         digest.update(np.ascontiguousarray(self.labels, "<i8").data)
         return digest.hexdigest()
 
+    def digests(self) -> dict[str, str]:
+        """Return `images_sha256`, which is `sha256`, and those of true labels and groups where they are known."""
+        more = {"true_labels": self.true_labels, "groups": self.groups}
+        return {"images_sha256": self.sha256()} | {
+            f"{name}_sha256": hashlib.sha256(np.ascontiguousarray(numbers, "<i8").data).hexdigest()
+            for name, numbers in more.items()
+            if numbers is not None
+        }
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -50,7 +59,8 @@ class Dataset:
 
     Attributes:
         samples: its images and labels.
-        notes: how labels were numbered, and what was skipped, converted or resized; a line each.
+        notes: how labels were numbered and images grouped, and what was skipped, converted, rounded or resized; a line
+            each.
         class_names: of a folder: the name of the class folder behind each label.
     """
 

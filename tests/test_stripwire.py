@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -13,6 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 import stripwire
 from client.api import GuardedClient
@@ -97,6 +99,28 @@ def test_evaluate_prints_rates_with_intervals_and_sample_sizes(
     assert figures["guarded"]["false_acceptance"]["count"] == 55
 
 
+def test_evaluate_shows_what_it_reads_and_what_was_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    server: EmbeddedTriton,
+    badnet: Path,
+    tmp_path: Path,
+) -> None:
+    trojaned = read_hdf5(badnet / "sunglasses_poisoned_data.h5")
+    shown = {"images": trojaned.images * np.float32(0.5), "labels": trojaned.labels, "true_labels": trojaned.labels}
+    np.savez(tmp_path / "trojaned.npz", **shown)
+    screen = Console(file=io.StringIO(), force_terminal=True, width=400)
+    monkeypatch.setattr(stripwire, "errors", screen)
+    files = ("--clean", badnet / "clean_test_data.h5", "--trojaned", tmp_path / "trojaned.npz")
+    assert run(monkeypatch, "evaluate", *files, "--url", server.grpc_address, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["guarded"]["false_acceptance"]["count"] == 55
+    seen = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "Reading clean_test_data.h5" in seen
+    assert "Reading trojaned.npz" in seen
+    assert "values were fractions and are rounded" in seen
+    assert "55 of 55 images really show the attacker's class" in seen
+
+
 def test_a_mistake_ends_in_one_message_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -109,6 +133,21 @@ def test_a_mistake_ends_in_one_message_and_no_traceback(
         ("classify", str(text), "--url", "127.0.0.1:9", "--timeout", "0.5"): "127.0.0.1:9",
         ("classify", str(text), "--timeout", "-1"): "timeout_seconds: got -1",
         ("train-badnet", str(tmp_path)): "exists and is not empty",
+        (
+            *("train-badnet-on", str(tmp_path / "net"), "--train", str(text), "--test", str(text)),
+            *("--trigger", "patch", "--trigger", "corner", "--target", "1"),
+        ): "target: got 1 for 2 triggers, expected one for each, in their order",
+        (
+            *("export", str(text), "--clean", str(text), "--output", str(tmp_path / "out"), "--mean", "0.5;0.5"),
+        ): "mean: got '0.5;0.5', expected numbers with commas between, such as 0.5,0.5,0.5",
+        (
+            *("export", str(text), "--clean", str(text), "--output", str(tmp_path / "out")),
+            *("--threshold-bits", "0.2", "--target-frr", "0.05"),
+        ): "target FRR: got 0.05 and a threshold of 0.2 bits, expected one of them",
+        (
+            *("calibrate", str(tmp_path), "--clean", str(text)),
+            *("--threshold-bits", "0.2", "--target-frr", "0.1"),
+        ): "target FRR: got 0.1 and a threshold of 0.2 bits, expected one of them",
         ("serve", str(tmp_path), "--http-port", "70000"): "HTTP port: got 70000",
     }
     for arguments, message in cases.items():
@@ -158,26 +197,70 @@ def test_the_demo_replaces_nothing_but_an_earlier_demo(
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_repair_that_did_nothing_is_said_loudly(
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_makes_a_result_doubtful_is_said_loudly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], badnet: Path, tmp_path: Path, as_json: bool
+) -> None:
+    repair = ("--repair=magnitude", "--allowed-drop=0", "--max-rounds=1", "--epochs=1", "--learning-rate=0.9")
+    files = (badnet / "bd_net.keras", "--clean", badnet / "clean_validation_data.h5", "--output", tmp_path / "[r]")
+    options = ("--attack", badnet / "sunglasses_poisoned_data.h5", "--calibration-method", "normal", *repair)
+    form = ("--json",) if as_json else ()
+    assert run(monkeypatch, "export", *files, *options, *form) == 0
+    said = capsys.readouterr()
+    warnings = " ".join(said.err.split())
+    assert "warning: no step of the repair stayed within the allowed drop" in warnings
+    assert "warning: the attack still succeeds on" in warnings
+    assert "warning: the threshold reaches its target FRR only if clean entropies are normally" in warnings
+    if as_json:
+        assert json.loads(said.out)["network_outputs"] == "probabilities"
+        return
+    shown = " ".join(said.out.split())
+    assert "The network returns probabilities." in shown
+    assert "clean images: these very images put its rejections at" in shown
+    assert "[r]" in shown  # a name that looks like markup
+
+
+def test_repair_data_is_refused_where_nothing_is_repaired(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], badnet: Path, tmp_path: Path
 ) -> None:
-    options = (
-        "--repair",
-        "magnitude",
-        "--allowed-drop",
-        "0",
-        "--max-rounds",
-        "1",
-        "--epochs",
-        "1",
-        "--learning-rate",
-        "0.9",
+    clean = ("--clean", badnet / "clean_validation_data.h5", "--repair-images", badnet / "clean_test_data.h5")
+    out = ("--output", tmp_path / "out", "--repair", "none")
+    assert run(monkeypatch, "export", badnet / "bd_net.keras", *clean, *out) == 2
+    assert "repair data: got some, expected none where nothing is repaired" in capsys.readouterr().err
+
+
+def pictures(path: Path, count: int, side: int, classes: int = 2) -> Path:
+    """Write noise with a class for each picture."""
+    images = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    np.savez(path, images=images, labels=np.arange(count) % classes)
+    return path
+
+
+def test_pictures_that_do_not_go_together_are_refused_before_the_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    train = pictures(tmp_path / "train.npz", 40, 16)
+    cases = (
+        (pictures(tmp_path / "small.npz", 4, 8), "small.npz: got 8x8x3 (height x width x channels), expected 16x16x3"),
+        (pictures(tmp_path / "more.npz", 4, 16, 4), "more.npz: `label` reaches 3, expected 0 to 1"),
+        (pictures(tmp_path / "one.npz", 4, 16, 1), "test pictures: got none of another class than 0"),
     )
-    files = (badnet / "bd_net.keras", "--clean", badnet / "clean_validation_data.h5", "--output", tmp_path / "[r]")
-    assert run(monkeypatch, "export", *files, *options) == 0
-    said = capsys.readouterr()
-    assert "warning: no step of the repair stayed within the allowed drop" in " ".join(said.err.split())
-    assert "[r]" in said.out  # a name that looks like markup
+    for test, message in cases:
+        assert run(monkeypatch, "train-badnet-on", tmp_path / "net", "--train", train, "--test", test) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "net").exists()
+
+
+def test_pictures_of_any_size_are_resized_for_a_badnet_of_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = ("--train", pictures(tmp_path / "a.npz", 40, 20), "--test", pictures(tmp_path / "b.npz", 6, 9))
+    options = ("--resize", "16", "--epochs", "1", "--trigger", "corner", "--target", "1")
+    assert run(monkeypatch, "train-badnet-on", tmp_path / "net", *data, *options) == 0
+    notes = " ".join(capsys.readouterr().err.split())
+    assert "a.npz: `images`: resized from 20x20 to 16x16" in notes
+    assert "b.npz: `images`: resized from 9x9 to 16x16" in notes
+    assert read_hdf5(tmp_path / "net" / "corner_poisoned_data.h5").images.shape == (3, 16, 16, 3)
 
 
 def test_the_choices_of_the_command_line_are_those_of_the_packages() -> None:

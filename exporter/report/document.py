@@ -11,9 +11,9 @@ is {rate, low, high, successes, count}: the rate, its exact 95 % interval, and w
   pruned_share}]}; the repair succeeded if attack success is under `goal`.
 - `layers`: [{name, kind, output_shape, parameters, pruned_share}].
 - `guard`: {detector, threshold_bits, threshold_nll, method, target_frr, frr_low, frr_high, images, note, alpha,
-  overlays, frr, far, auroc}. `frr_low` to `frr_high` is the 95 % range that calibration expects; the proportions `frr`
-  (held-out clean images rejected) and `far` (trojaned images accepted) were measured, of the verdicts; AUROC is that of
-  the p-values, or where the repaired network is not asked, of the entropies.
+  overlays, frr, far, auroc}. `frr_low` to `frr_high` is the 95 % range that calibration expects, or what `note` says of
+  it; the proportions `frr` (held-out clean images rejected) and `far` (trojaned images accepted) were measured, of the
+  verdicts; AUROC is that of the p-values, or where the repaired network is not asked, of the entropies.
 - `by_entropy`: {frr, far, auroc}: likewise, of the threshold on the entropy alone. An image's entropy is the mean over
   the overlays here and below, and the geometric mean for the detector `consensus`.
 - `opinions`: {held_out, trojaned}, each [[entropy in bits, nll in nats]]; null where the repaired network is not asked.

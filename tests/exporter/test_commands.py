@@ -35,6 +35,7 @@ class _CaughtError(Exception):
             seed=5,
         ),
         ExportOptions(rule=ThresholdRule(threshold_bits=0.5), repair=RepairOptions("none")),
+        ExportOptions(rule=ThresholdRule(None, 0.1, threshold_bits=0.5), overlay_choice="greedy"),
     ],
 )
 def test_it_says_all_that_shapes_the_result(

@@ -122,6 +122,7 @@ def test_a_missing_model_file_is_named(tmp_path: Path, badnet: Path) -> None:
     [
         ("alpha", 1.0, "alpha: got 1.0"),
         ("overlays", 0, "overlays: got 0"),
+        ("overlays", 1001, r"overlays: got 1001, expected 1 to 1000 \(10 is usual\)"),
         ("overlay_choice", "best", "overlay choice: got 'best', expected one of random, greedy"),
     ],
 )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from detector.errors import InputError
-from exporter.publishing import locked, staged_folder
+from exporter.publishing import check_writable, locked, staged_folder
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -156,3 +159,64 @@ def test_a_kill_while_a_folder_is_replaced_leaves_one_or_the_other(
 def test_a_folder_whose_parent_is_not_there_yet_can_be_locked(tmp_path: Path) -> None:
     with locked(tmp_path / "deep" / "result"):
         assert list(tmp_path.iterdir()) == []
+
+
+def refuse(code: int) -> Any:
+    """Return a function that fails as the system does."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def publish(target: Path) -> None:
+    """Replace `target` by a folder with one file."""
+    with staged_folder(target, replace=True) as staged:
+        (staged / "new").touch()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"deep: .*file cannot be written; choose a folder that you may write"):
+        check_writable(tmp_path / "file" / "deep")
+    monkeypatch.setattr("tempfile.mkdtemp", refuse(errno.EROFS))
+    with pytest.raises(InputError, match=r"result: cannot be written \(Read-only file system\); choose a folder that"):
+        publish(tmp_path / "result")
+
+
+def test_a_mounted_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="/proc: is a mounted folder, which cannot be replaced in one step; choose a"):
+        check_writable(Path("/proc"))
+    monkeypatch.setattr(Path, "rename", refuse(errno.EBUSY))  # mounted meanwhile
+    with pytest.raises(InputError, match=r"result: cannot be put in place \(Device or resource busy\); a mounted"):
+        publish(tmp_path / "result")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Libc:
+    """A C library whose `renameat2` fails with one error."""
+
+    def __init__(self, code: int) -> None:
+        self._code = code
+
+    def renameat2(self, *_: Any) -> int:
+        ctypes.set_errno(self._code)
+        return -1
+
+
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.ENOSYS])
+def test_where_folders_cannot_be_exchanged_two_renames_do_or_nothing_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    target = tmp_path / "result"
+    target.mkdir()
+    (target / "old").touch()
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: Libc(code))
+    if code == errno.ENOSYS:
+        publish(target)
+    else:
+        with pytest.raises(InputError, match=r"result: cannot be replaced \(Device or resource busy\); a mounted"):
+            publish(target)
+    assert [path.name for path in target.iterdir()] == ["new" if code == errno.ENOSYS else "old"]
+    assert list(tmp_path.iterdir()) == [target]

@@ -231,6 +231,7 @@ def test_a_calibration_that_is_killed_can_be_run_again_and_leaves_no_debris(
     ("values", "message"),
     [
         ({"overlays": 0}, "overlays: got 0"),
+        ({"overlays": 1001}, r"overlays: got 1001, expected 1 to 1000 \(10 is usual\)"),
         ({"alpha": 1.0}, "alpha: got 1.0"),
         ({"overlay_choice": "best"}, "overlay choice: got 'best'"),
         ({"keep_overlays": True, "alpha": 0.7}, "keep overlays: got overlays, alpha"),

@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.integrate import trapezoid
 
-from detector.calibration import ThresholdRule, calibrate
+from detector.calibration import ThresholdRule, calibrate, normal_threshold
 from detector.statistics import Proportion
 from exporter.report import Examples, Layer, Part, ReportData, Scores, Step, write_report
 from exporter.report.document import document, percent
@@ -470,3 +470,30 @@ def test_an_entropy_that_is_not_finite_counts_as_rejected() -> None:
 )
 def test_percentages_tell_few_from_none_and_most_from_all(share: float, text: str) -> None:
     assert percent(share) == text
+
+
+def test_a_range_that_promises_nothing_is_not_shown_as_one_that_does(tmp_path: Path) -> None:
+    data = report_data()
+    page, _ = written(tmp_path, data)
+    assert "expected on further clean inputs (95 %), at the threshold" in page.text
+    fitted = normal_threshold(data.calibration_entropies_bits.mean(axis=1), 0.05)
+    page, _ = written(tmp_path, dataclasses.replace(data, calibration=fitted))
+    assert "expected on further clean inputs" not in page.text
+    assert "95 % interval on the very images that the threshold was fitted to, no promise for further ones; at the" in (
+        page.text
+    )
+    assert "of these very images it rejects" in page.text
+    assert "Note: the threshold reaches its target FRR only if clean entropies are normally distributed" in page.text
+
+
+@pytest.mark.parametrize(
+    ("outputs", "sentence"),
+    [
+        ("logits", "The network returned logits; a softmax was put behind it."),
+        ("probabilities", "The network returned probabilities."),
+    ],
+)
+def test_what_the_network_returned_is_said(tmp_path: Path, outputs: str, sentence: str) -> None:
+    data = report_data()
+    page, _ = written(tmp_path, dataclasses.replace(data, provenance={**data.provenance, "network_outputs": outputs}))
+    assert sentence in page.text

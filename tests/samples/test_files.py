@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import io
 import struct
-import sys
 import zipfile
 import zlib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +17,6 @@ from PIL import Image
 
 from detector.errors import DataError, InputError
 from samples.files import load_images
-from samples.types import Samples
 
 COLOUR: NDArray[np.uint8] = np.random.default_rng(1).integers(0, 256, (4, 6, 3), dtype=np.uint8)
 GREY: NDArray[np.uint8] = COLOUR[:, :, 0]
@@ -104,10 +102,47 @@ def test_an_opaque_alpha_channel_is_dropped_and_a_transparent_one_refused(tmp_pa
     np.testing.assert_array_equal(load_images([path], size=(4, 6, 4)).images, pixels[None])
 
 
-def test_more_than_eight_bits_a_channel_are_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path / "deep.png", np.full((2, 2), 1000, np.uint16))
-    with pytest.raises(DataError, match=r"deep\.png: got more than 8 bits a channel"):
-        load_images([path])
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(colour_type: int, depth: int, channels: int) -> bytes:
+    """Return a PNG of 2x2 black pixels; Pillow writes none of 16 bits in colour."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, depth, colour_type, 0, 0, 0))
+    rows = (b"\0" + bytes(2 * channels * depth // 8)) * 2
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("grey.png", png(0, 16, 1)),
+        ("colour.png", png(2, 16, 3)),
+        ("grey-alpha.png", png(4, 16, 2)),
+        ("colour-alpha.png", png(6, 16, 4)),
+        ("colour.ppm", b"P6 2 1 65535\n" + bytes(12)),
+        ("plain.ppm", b"P3 2 1 256\n1 2 3 4 5 6\n"),
+        ("grey.ppm", b"P5 2 1 300\n" + bytes(4)),
+    ],
+)
+def test_more_than_eight_bits_a_channel_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: got more than 8 bits a channel, expected 8; convert it first"):
+        load_images([tmp_path / name])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("colour.png", png(2, 8, 3)),
+        ("plain.ppm", b"P3 2 1 255\n0 0 0 0 0 0\n"),
+        ("few.ppm", b"P6 2 1 100\n" + bytes(6)),
+        ("bits.ppm", b"P1 2 1\n1 1\n"),
+    ],
+)
+def test_eight_bits_and_fewer_are_read(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert not load_images([tmp_path / name]).images.any()
 
 
 def test_an_animation_is_refused(tmp_path: Path) -> None:
@@ -219,13 +254,16 @@ def test_an_empty_array_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["h5", "hdf5"])
-def test_hdf5_is_left_to_its_reader(monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
-    reader: Any = ModuleType("samples.hdf5")
-    reader.read_hdf5 = lambda path: Samples(np.stack([COLOUR, COLOUR]), np.array([0, len(str(path))]))
-    monkeypatch.setitem(sys.modules, "samples.hdf5", reader)
-    loaded = load_images([f"faces.{suffix}"])
-    assert loaded.images.shape == (2, 4, 6, 3)
-    assert loaded.names == (f"faces.{suffix}[0]", f"faces.{suffix}[1]")
+def test_hdf5_holds_several_images_and_rounding_them_is_noted(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"faces.{suffix}"
+    with h5py.File(path, "w") as file:
+        file["data"] = np.stack([COLOUR, COLOUR]).transpose(0, 3, 1, 2) * np.float32(0.5)
+        file["label"] = [0, 1]
+    loaded = load_images([path])
+    np.testing.assert_array_equal(loaded.images, np.rint(np.stack([COLOUR, COLOUR]) * 0.5))
+    assert loaded.names == (f"{path}[0]", f"{path}[1]")
+    odd = 2 * np.count_nonzero(COLOUR % 2)
+    assert loaded.notes == (f"{path}: `data`: {odd} of 144 values were fractions and are rounded",)
 
 
 # What cannot be read
@@ -268,13 +306,12 @@ def test_a_truncated_or_foreign_file_is_named(tmp_path: Path, suffix: str) -> No
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     for side in (10_000, 60_000):  # where Pillow warns, and where it raises
-        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
         path = tmp_path / "bomb.png"
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+        path.write_bytes(
+            b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b"")
+        )
         with pytest.raises(DataError, match=r"bomb\.png: got a picture of more than \d+ pixels"):
             load_images([path])
 

@@ -189,6 +189,15 @@ def test_a_group_in_place_of_the_images_is_refused(tmp_path: Path) -> None:
         read_hdf5(path)
 
 
+@pytest.mark.parametrize("name", ["data", "label", "true_label", "group"])
+def test_a_data_set_that_is_declared_empty_is_refused(tmp_path: Path, name: str) -> None:
+    path = stored(tmp_path / "a.h5", **{name: None})
+    with h5py.File(path, "a") as file:
+        file[name] = h5py.Empty("u1")
+    with pytest.raises(DataError, match=rf"a\.h5: `{name}` is declared empty \(h5py\.Empty\), expected an array"):
+        read_hdf5(path)
+
+
 def test_a_file_that_declares_far_more_than_it_holds_is_refused(tmp_path: Path) -> None:
     path = stored(tmp_path / "a.h5", data=None, label=[0])
     with h5py.File(path, "a") as file:

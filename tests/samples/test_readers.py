@@ -152,6 +152,19 @@ def test_arrays_that_are_no_data_set_are_refused_in_the_same_words(
     assert str(caught.value).startswith(f"{tmp_path / name}: `")
 
 
+@pytest.mark.parametrize(("write", "name"), [(as_npz, "a.npz"), (as_hdf5, "a.h5")])
+def test_fractions_are_rounded_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path], name: str
+) -> None:
+    monkeypatch.setattr("samples.arrays._PIECE_BYTES", 1)  # an image at a time
+    images = IMAGES.astype(np.float64)
+    images[:2, 0, 0, 0] = 0.6
+    found = read_samples(write(tmp_path / name, images))
+    assert found.samples.images[:2, 0, 0, 0].tolist() == [1, 1]
+    kept = "images" if name == "a.npz" else "data"
+    assert found.notes == (f"`{kept}`: 2 of 360 values were fractions and are rounded",)
+
+
 @pytest.mark.parametrize("part", ["true_label", "group"])
 @pytest.mark.parametrize(("write", "name"), [(as_npz, "a.npz"), (as_hdf5, "a.h5")])
 def test_true_labels_and_groups_are_read_and_checked_as_labels_are(
@@ -165,6 +178,17 @@ def test_true_labels_and_groups_are_read_and_checked_as_labels_are(
     np.testing.assert_array_equal(given_part, numbers)
     with pytest.raises(DataError, match=rf"`{part}` has shape \(4,\), expected \(5,\)"):
         read_samples(write(tmp_path / name, **{part: numbers[:4]}))
+
+
+def test_digests_tell_apart_what_differs_in_any_part() -> None:
+    plain = Samples(IMAGES, LABELS)
+    assert plain.digests() == {"images_sha256": plain.sha256()}
+    numbers = np.arange(5)
+    both = Samples(IMAGES, LABELS, numbers, numbers + 1).digests()
+    assert both.keys() == {"images_sha256", "true_labels_sha256", "groups_sha256"}
+    assert len(set(both.values())) == 3
+    other = Samples(IMAGES, LABELS, numbers, numbers).digests()
+    assert [name for name in both if both[name] != other[name]] == ["groups_sha256"]
 
 
 def test_groups_are_written_and_go_with_their_images(tmp_path: Path) -> None:
@@ -377,6 +401,23 @@ def test_a_folder_as_gtsrb_comes_reads_with_its_tracks_as_groups(tmp_path: Path)
         "files are named TRACK_FRAME as in GTSRB: the frames of a track stay together",
         f"resized to 32x32: 18 of 18 pictures, such as {folder / '00000' / '00000_00000.ppm'}",
     )
+
+
+def test_a_picture_that_belongs_to_no_track_leaves_the_others_in_theirs(tmp_path: Path) -> None:
+    for name in ("00000_00000", "00000_00001", "00001_00000", "extra", "other"):
+        picture(tmp_path / "a" / "stop" / f"{name}.png", np.zeros((4, 4, 3)))
+    picture(tmp_path / "a" / "yield" / "extra.png", np.zeros((4, 4, 3)))
+    found = read_samples(tmp_path / "a")
+    assert found.samples.groups is not None
+    assert found.samples.groups.tolist() == [0, 0, 1, 2, 3, 4]
+    assert found.notes[1:] == (
+        "files are named TRACK_FRAME as in GTSRB: the frames of a track stay together",
+        "not named so, each taken for a track of its own: 3 of 6 pictures, such as stop/extra.png",
+    )
+
+
+def test_pictures_of_any_other_name_have_no_groups(tmp_path: Path) -> None:
+    assert read_samples(as_folder(tmp_path / "a")).samples.groups is None
 
 
 def one_each(folder: Path, *names: str) -> Path:
