@@ -220,6 +220,7 @@ def train_badnet_on(
     epilog="Example: [bold]stripwire export bd_net.h5 --clean clean_validation_data.h5 --output repository[/bold]"
 )
 def export(
+    context: typer.Context,
     model: Annotated[
         Path, typer.Argument(exists=True, dir_okay=False, help="Keras .h5 or .keras file. Nothing in it is run.")
     ],
@@ -230,8 +231,12 @@ def export(
     ] = None,
     attack: Annotated[
         Path | None,
-        typer.Option(exists=True, help="Trojaned images, if at hand: measured, and fine-pruning stops once they fail."),
+        typer.Option(exists=True, help="Trojaned images, if at hand, to measure on; they decide nothing."),
     ] = None,
+    stop_on_attack: Annotated[
+        bool,
+        typer.Option("--stop-on-attack", help="Half of --attack may end fine-pruning; the other half is measured."),
+    ] = False,
     overlay_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("overlays"))] = None,
     calibration_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("calibration"))] = None,
     validation_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("validation"))] = None,
@@ -251,7 +256,7 @@ def export(
     repair: Annotated[RepairMethod, typer.Option(help="How to repair; see the README.")] = "distill",
     augment: Annotated[Augment, typer.Option(help="Of fine-tuning images; distill has its own.")] = "occlusion",
     max_rounds: Annotated[int, typer.Option(help="Of magnitude: rounds of pruning, at most.")] = 10,
-    epochs: Annotated[int, typer.Option(help="Of distillation, or after pruning; 0 as in the report.")] = 20,
+    epochs: Annotated[int, typer.Option(help="Of distillation, or after pruning.")] = 20,
     allowed_drop: Annotated[float, typer.Option(help="Clean validation accuracy that may be lost, 0..1.")] = 0.03,
     optimizer: Annotated[Optimizer, typer.Option(help="Of fine-tuning; sgd has a momentum of 0.9.")] = "adam",
     learning_rate: Annotated[
@@ -280,8 +285,12 @@ def export(
     from exporter.export import Data, ExportOptions
     from exporter.export import export as run_export
     from exporter.preprocessing import Preprocessing
-    from exporter.repair import ATTACK_SUCCESS_GOAL, RepairOptions
+    from exporter.repair import ATTACK_SUCCESS_GOAL, USED, RepairOptions, check_used
 
+    for name in {name for used in USED.values() for name in used}:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            check_used(name, repair)
     options = ExportOptions(
         preprocessing=Preprocessing(scale, numbers("mean", mean), numbers("std", std)),
         architecture=architecture,
@@ -295,6 +304,7 @@ def export(
             allowed_drop=allowed_drop,
             learning_rate=learning_rate,
             batch_size=batch_size,
+            stop_on_attack=stop_on_attack,
             seed=seed,
         ),
         overlays=overlays,
@@ -674,7 +684,7 @@ def repair_table(result: Export) -> Table:
 
 def scores_table(result: Export) -> Table:
     """Return the table of what the repair did to the network."""
-    table = Table(title=f"What the repair did\n{_CAPTION}")
+    table = Table(title=f"What the repair did, on the validation part, which chose it\n{_CAPTION}")
     table.add_column("", no_wrap=True)
     for heading in ("clean accuracy", "attack success", "recovered accuracy"):
         table.add_column(heading, justify="right")

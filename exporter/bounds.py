@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.errors import InputError
+from exporter.classifier import activation_name, ending, unused_name
 from exporter.preprocessing import Preprocessing
 from exporter.training import Progress
 
@@ -24,8 +24,10 @@ FeatureBounds: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32]]
 BEYOND = 0.01
 """Share of clean pictures that may drive a feature beyond its bound, at either end."""
 MOST_IMAGES = 2000
-"""Bounds are measured on at most so many pictures."""
+"""Bounds are measured on at most so many pictures, and on fewer where they would not fit into memory."""
 _BATCH = 64
+_MOST_BYTES = 2**27
+"""Of a batch's features, of the largest values that are kept of each, and of the smallest: 128 MiB each."""
 
 
 class Bounds(keras.layers.Layer):  # type: ignore[misc]
@@ -56,21 +58,13 @@ def measure_bounds(
         images: clean, (images, height, width, channels), uint8, on which the bounds are measured.
         preprocessing: what the network expects of pixels.
         on_progress: told about every layer.
-
-    Raises:
-        InputError: the network has no activation function before its output.
     """
     activations = activation_layers(model)
-    if not activations:
-        raise InputError(
-            "repair: got a network without an activation function before its output, expected one to bound; "
-            "use another --repair"
-        )
     spread = np.linspace(0, len(images) - 1, min(len(images), MOST_IMAGES)).astype(np.int64)
-    inputs = preprocessing.apply(images[spread])
     bounds = {}
     for number, layer in enumerate(activations, start=1):
-        bounds[layer.name] = _extremes(keras.Model(model.inputs[0], layer.output), inputs)
+        features = keras.Model(model.inputs[0], layer.output)
+        bounds[layer.name] = _extremes(features, images, spread, preprocessing)
         if on_progress is not None:
             on_progress("Bounding features", number, len(activations))
     return bounds
@@ -81,7 +75,9 @@ def bounded(model: keras.Model, bounds: dict[str, FeatureBounds]) -> keras.Model
 
     def call(layer: keras.layers.Layer, *inputs: Any, **options: Any) -> Any:
         features = layer(*inputs, **options)
-        return Bounds(*bounds[layer.name])(features) if layer.name in bounds else features
+        if layer.name not in bounds:
+            return features
+        return Bounds(*bounds[layer.name], name=unused_name(model, f"{layer.name}_bounds"))(features)
 
     copy = keras.models.clone_model(model, call_function=call)
     # The bounds are no weights.
@@ -90,28 +86,42 @@ def bounded(model: keras.Model, bounds: dict[str, FeatureBounds]) -> keras.Model
 
 
 def activation_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """Return the layers whose output an activation function makes, without the network's output."""
-    output = model.outputs[0]._keras_history.operation
-    return [layer for layer in model.layers if layer is not output and _activates(layer)]
+    """Return the layers whose output an activation function makes, without those that make the network's output."""
+    last = ending(model)
+    return [layer for layer in model.layers if activation_name(layer) != "linear" and layer not in last]
 
 
-def _activates(layer: keras.layers.Layer) -> bool:
-    if isinstance(layer, keras.layers.ReLU | keras.layers.LeakyReLU):
-        return True
-    return getattr(layer, "activation", keras.activations.linear) is not keras.activations.linear
+def plan(features: int, images: int) -> tuple[int, int]:
+    """Return of how many images to measure features, and how many at once, so that memory stays bounded.
+
+    Args:
+        features: numbers that one picture gives.
+        images: at hand.
+    """
+    fit = max(1, _MOST_BYTES // (4 * features))
+    most = int((fit - 1) / BEYOND) + 1  # of which a share of `BEYOND` is kept, and one more
+    return min(images, MOST_IMAGES, most), min(_BATCH, fit)
 
 
-def _extremes(features: keras.Model, inputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _extremes(
+    features: keras.Model, images: NDArray[np.uint8], spread: NDArray[np.int64], preprocessing: Preprocessing
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return the bounds of each feature: so many of its values, a share of `BEYOND`, lie beyond them at either end."""
-    kept = int(len(inputs) * BEYOND) + 1  # of the largest and the smallest values; all would not fit into memory
-    lowest = highest = np.empty((0, *features.output_shape[1:]), np.float32)
-    for start in range(0, len(inputs), _BATCH):
-        outputs = features.predict_on_batch(inputs[start : start + _BATCH])
-        highest = _largest(np.concatenate([highest, outputs]), kept)
-        lowest = -_largest(-np.concatenate([lowest, outputs]), kept)
+    shape = features.output_shape[1:]
+    count, batch = plan(int(np.prod(shape)), len(spread))
+    chosen = spread[np.linspace(0, len(spread) - 1, count).astype(np.int64)]
+    kept = int(count * BEYOND) + 1  # of the largest and the smallest values; all would not fit into memory
+    lowest = highest = np.empty((0, *shape), np.float32)
+    for start in range(0, count, batch):
+        outputs = features.predict_on_batch(preprocessing.apply(images[chosen[start : start + batch]]))
+        highest = _outermost(np.concatenate([highest, outputs]), kept, slice(-kept, None))
+        lowest = _outermost(np.concatenate([lowest, outputs]), kept, slice(None, kept))
     return lowest.max(axis=0), highest.min(axis=0)
 
 
-def _largest(values: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-    """Return the `count` largest along the first axis, in any order."""
-    return values if len(values) <= count else np.partition(values, -count, axis=0)[-count:].copy()
+def _outermost(values: NDArray[np.float32], count: int, where: slice) -> NDArray[np.float32]:
+    """Return the `count` largest or smallest along the first axis, in any order."""
+    if len(values) <= count:
+        return values
+    values.partition(len(values) - count if where.start else count - 1, axis=0)
+    return values[where].copy()

@@ -9,7 +9,17 @@ from detector.errors import ModelRefusedError
 from exporter.preprocessing import Preprocessing
 
 # Element by element and monotonic or not: their rows are no logits of a softmax, whatever they sum to.
-_NO_LOGITS = ("sigmoid", "tanh", "relu", "relu6", "elu", "selu", "gelu", "silu", "swish", "softplus", "softsign")
+_SQUASHING = ("sigmoid", "hard_sigmoid", "tanh", "softsign", "softmax")
+_NO_LOGITS = (*_SQUASHING, "relu", "relu6", "elu", "selu", "gelu", "silu", "swish", "softplus", "leakyrelu")
+_HANDING_ON = (
+    keras.layers.Reshape,
+    keras.layers.Flatten,
+    keras.layers.Dropout,
+    keras.layers.GlobalAveragePooling2D,
+    keras.layers.GlobalMaxPooling2D,
+    keras.layers.AveragePooling2D,
+    keras.layers.MaxPooling2D,
+)
 _PROBES = 16
 
 
@@ -35,12 +45,39 @@ def with_probabilities(model: keras.Model, preprocessing: Preprocessing) -> tupl
         raise ModelRefusedError("the network's outputs on noise are not finite, expected probabilities or logits")
     if (rows >= 0).all() and np.allclose(rows.sum(axis=-1), 1.0, atol=1e-3):
         return model, "probabilities"
-    last = model.outputs[0]._keras_history.operation
-    activation = type(last).__name__.lower() if isinstance(last, keras.layers.ReLU | keras.layers.LeakyReLU) else ""
-    activation = activation or getattr(getattr(last, "activation", None), "__name__", "linear")
-    if activation in (*_NO_LOGITS, "leakyrelu", "softmax"):
+    layers = ending(model)
+    refused = _NO_LOGITS if len(layers) == 1 else _SQUASHING  # what is pooled after a ReLU may be logits
+    activation = activation_name(layers[-1])
+    if activation in refused:
         raise ModelRefusedError(
-            f"the network ends in {activation} (layer {last.name!r}), and its rows are no probability distributions; "
-            "expected a softmax over the classes, or logits for one: STRIP's entropy is that of one class among many"
+            f"the network ends in {activation} (layer {layers[-1].name!r}), and its rows are no probability "
+            "distributions; expected a softmax over the classes, or logits for one: STRIP's entropy is that of one "
+            "class among many"
         )
-    return keras.Model(model.inputs, keras.layers.Softmax(name="stripwire_softmax")(model.outputs[0])), "logits"
+    softmax = keras.layers.Softmax(name=unused_name(model, "stripwire_softmax"))
+    return keras.Model(model.inputs, softmax(model.outputs[0])), "logits"
+
+
+def ending(model: keras.Model) -> list[keras.layers.Layer]:
+    """Return the layers that give a network's output its form, the last one first.
+
+    Beyond layers that only hand on, rearrange or pool what they get, the last of the list made the output.
+    """
+    layers = [model.outputs[0]._keras_history.operation]
+    while isinstance(layers[-1], _HANDING_ON):
+        layers.append(layers[-1].input._keras_history.operation)
+    return layers
+
+
+def activation_name(layer: keras.layers.Layer) -> str:
+    """Return the name of a layer's activation function, `linear` where it has none."""
+    if isinstance(layer, keras.layers.ReLU | keras.layers.LeakyReLU | keras.layers.Softmax):
+        return type(layer).__name__.lower()
+    return str(getattr(getattr(layer, "activation", None), "__name__", "linear"))
+
+
+def unused_name(model: keras.Model, wanted: str) -> str:
+    """Return a name for a further layer: the one wanted, with a number behind it if a layer has it."""
+    names = {layer.name for layer in model.layers}
+    candidates = [wanted, *(f"{wanted}_{number}" for number in range(1, len(names) + 1))]
+    return next(name for name in candidates if name not in names)

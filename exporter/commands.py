@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from exporter.repair import USED
+
 if TYPE_CHECKING:
     from exporter.export import Data, ExportOptions
 
@@ -22,16 +24,10 @@ def commands(model: Path, data: Data, output: Path, options: ExportOptions) -> t
         "std": ",".join(map(repr, preprocessing.std)) or None,
         "architecture": options.architecture,
         "repair": repair.method,
-        "augment": repair.augment,
-        "max-rounds": repair.max_rounds,
-        "epochs": repair.epochs,
-        "allowed-drop": repair.allowed_drop,
-        "optimizer": repair.optimizer,
-        "learning-rate": repair.learning_rate,
-        "batch-size": repair.batch_size,
+        **{name.replace("_", "-"): getattr(repair, name) for name in USED[repair.method] if name != "stop_on_attack"},
         "overlays": options.overlays,
         "overlay-choice": options.overlay_choice,
-        "alpha": options.input_weight,
+        "alpha": options.alpha,
         "detector": rule.detector,
         "calibration-method": rule.method,
         "target-frr": rule.target_frr if uses_target_frr(rule.threshold_bits, options.overlay_choice) else None,
@@ -39,8 +35,9 @@ def commands(model: Path, data: Data, output: Path, options: ExportOptions) -> t
         "seed": options.seed,
     }
     arguments = [str(part) for name, value in values.items() if value is not None for part in (f"--{name}", value)]
-    resize = ["--resize"] if options.resize else []
-    return ("stripwire", "export", str(model), *arguments, *resize), ("stripwire", "serve", str(output))
+    flags = {"--resize": options.resize, "--stop-on-attack": repair.stop_on_attack}
+    arguments += [flag for flag, given in flags.items() if given]
+    return ("stripwire", "export", str(model), *arguments), ("stripwire", "serve", str(output))
 
 
 def uses_target_frr(threshold_bits: float | None, overlay_choice: str) -> bool:

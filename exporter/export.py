@@ -26,7 +26,7 @@ from exporter.inputs import InputReader
 from exporter.keras_files import load_model
 from exporter.overlays import check_overlay_options, choose_greedily
 from exporter.preprocessing import SCALES, Preprocessing
-from exporter.repair import Repair, RepairOptions, repair_network
+from exporter.repair import Repair, RepairOptions, check_repairable, repair_network
 from exporter.report import HTML_NAME, Scores, write_report
 from exporter.report.collect import collect
 from exporter.repository import ServedModel, check_output, write_repository
@@ -136,7 +136,8 @@ def export(
 
     Args:
         model_path: the suspicious Keras model; nothing in the file is run.
-        data: where the images are. Attack samples, if there are any, end the repair as soon as the attack fails.
+        data: where the images are. With `options.repair.stop_on_attack`, half of the attack samples may end the repair,
+            and the other half are scored.
         output: the model repository: a new folder, or one to which a version is added.
         options: how to export.
         on_progress: told what is going on, steps done and steps in all.
@@ -151,6 +152,9 @@ def export(
         model, network_outputs = with_probabilities(loaded, preprocessing)
     except ModelRefusedError as error:
         raise ModelRefusedError(f"{model_path}: {error}") from error
+    check_repairable(model, options.repair.method)
+    if options.repair.stop_on_attack and data.attack is None:
+        raise InputError("stop on attack: got no attack samples to stop on; give some with --attack")
     # All that can fail early does so before the data is read, or at least before the repair, which takes long.
     badnet = sentinel_graph(to_onnx(model), preprocessing)
     height, width, channels = model.input_shape[1:]
@@ -169,6 +173,7 @@ def export(
         seed=options.seed,
         **parts,
     )
+    deciding, attack = _halves(attack, options.seed) if options.repair.stop_on_attack else (attack, attack)
     check_accuracy(model, split.validation if clean is None else clean, preprocessing, options.seed)
     parity_images = np.concatenate([split.overlays.images, split.validation.images])[:_PARITY_IMAGES]
     parity = {"badnet": check_parity(model, badnet, parity_images, preprocessing, "original network")}
@@ -187,7 +192,7 @@ def export(
         split.validation,
         preprocessing=preprocessing,
         options=options.repair,
-        attack=attack,
+        attack=deciding,
         on_progress=on_progress,
     )
     repaired = repaired_graph(to_onnx(repair.model), preprocessing)
@@ -245,7 +250,7 @@ def export(
         calibration=calibration,
         split_sizes=split.sizes(),
         network_outputs=network_outputs,
-        notes=tuple(reader.notes),
+        notes=(*reader.notes, *_coarse(split, options.repair)),
         provenance=provenance,
     )
 
@@ -289,6 +294,25 @@ def _choose_overlays(
     )
     chosen: NDArray[np.uint8] = candidates[choose_greedily(matrix, options.overlays, options.rule.target_frr)]
     return chosen
+
+
+def _coarse(split: Split, repair: RepairOptions) -> tuple[str, ...]:
+    """Note where the validation part is too small for the allowed drop to mean what it says."""
+    if repair.method == "none" or repair.allowed_drop * len(split.validation) >= 1:
+        return ()
+    return (
+        f"The repair was chosen on {len(split.validation)} validation images, of which an allowed drop of "
+        f"{repair.allowed_drop:.1%} is not one: no further error was allowed. Give more clean images.",
+    )
+
+
+def _halves(attack: Samples | None, seed: int) -> tuple[Samples | None, Samples | None]:
+    """Return the attack samples that may end the repair, and those that are scored."""
+    if attack is None or len(attack) < 2:
+        raise DataError("stop on attack: got fewer than 2 attack samples, expected some to stop on and some to score")
+    order = np.random.default_rng(seed).permutation(len(attack))
+    deciding, scored = np.array_split(order, 2)
+    return attack.take(np.sort(deciding)), attack.take(np.sort(scored))
 
 
 def _scores(network: keras.Model, validation: Samples, attack: Samples | None, preprocessing: Preprocessing) -> Scores:

@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detector.errors import InputError
+from exporter.classifier import activation_name
 from exporter.preprocessing import Preprocessing
 
 _BATCH = 256
 _CHANNEL_MAKERS = (keras.layers.Conv2D, keras.layers.SeparableConv2D)
 _CONVOLUTIONS = (*_CHANNEL_MAKERS, keras.layers.DepthwiseConv2D)
+_ACTIVATIONS = (keras.layers.ReLU, keras.layers.LeakyReLU)
 _POINTWISE = (keras.layers.BatchNormalization, keras.layers.Activation, keras.layers.ReLU, keras.layers.LeakyReLU)
 
 
@@ -69,7 +71,7 @@ class Pruning:
             others come back.
         """
         chain = self.last_convolution
-        self._pruned = [weight for layer in chain for weight in layer.trainable_weights if _per_channel(weight)]
+        self._pruned = [weight for layer in chain for weight in layer.weights if _gives_channels(weight)]
         before = [weight.numpy() for weight in self._pruned]
         order = np.argsort(channel_activations(self._model, chain[-1], images, preprocessing), kind="stable")
 
@@ -86,7 +88,7 @@ class Pruning:
         """The layer that makes channels farthest from the input, and the normalisation and activation right behind it.
 
         Raises:
-            InputError: there is none.
+            InputError: there is none, or a channel of zeros is not silent behind it.
         """
         depths: dict[str, int] = {}
         for operation in self._model.operations:  # each one after its inputs
@@ -96,8 +98,16 @@ class Pruning:
         if not makers:
             raise InputError("repair: got a network without a convolution, expected one to prune; use --repair none")
         chain: list[keras.layers.Layer] = [max(makers, key=lambda layer: depths[layer.name])]
-        while len(following := _consumers(self._model, chain[-1])) == 1 and isinstance(following[0], _POINTWISE):
+        while len(following := _consumers(self._model, chain[-1])) == 1 and _is_pointwise(following[0]):
             chain.append(following[0])
+        for layer in chain:
+            activate = layer if isinstance(layer, _ACTIVATIONS) else getattr(layer, "activation", None)
+            if activate is not None and abs(float(activate(keras.ops.zeros((1, 1)))[0, 0])) > 0.0:
+                raise InputError(
+                    f"repair: got activation {activation_name(layer)} behind the last convolution (layer "
+                    f"{layer.name!r}), which makes something of nothing, so that no channel can be silenced; use "
+                    "another --repair"
+                )
         return chain
 
     def hold(self) -> None:
@@ -140,9 +150,19 @@ def channel_activations(
     return totals / len(images)
 
 
-def _per_channel(weight: keras.Variable) -> bool:
-    """Whether the last axis of a weight is the layer's output channel."""
-    return bool(weight.name != "depthwise_kernel")
+def _gives_channels(weight: keras.Variable) -> bool:
+    """Whether a weight's last axis is the layer's output channel, which is silent where it is zero.
+
+    So is a normalised channel whose mean is: without a scale, only that keeps it at zero.
+    """
+    return bool(weight.name not in ("depthwise_kernel", "moving_variance"))
+
+
+def _is_pointwise(layer: keras.layers.Layer) -> bool:
+    """Whether a layer treats every channel by itself, and the last axis as the channels."""
+    if isinstance(layer, keras.layers.BatchNormalization):
+        return layer.axis in (-1, layer.output.ndim - 1)
+    return isinstance(layer, _POINTWISE)
 
 
 def _consumers(model: keras.Model, layer: keras.layers.Layer) -> list[keras.layers.Layer]:

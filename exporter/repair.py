@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from detector.errors import DataError, InputError
 from exporter.augmentation import AUGMENTATIONS
-from exporter.bounds import bounded, measure_bounds
+from exporter.bounds import activation_layers, bounded, measure_bounds
 from exporter.distillation import distillation_loss, taught_by
 from exporter.preprocessing import Preprocessing
 from exporter.pruning import Pruning
@@ -22,6 +21,16 @@ from samples.types import Samples
 REPAIRS = ("bounds", "distill", "magnitude", "activation", "finetune", "none")
 ATTACK_SUCCESS_GOAL = 0.01
 FRACTION_PER_ROUND = 0.05
+_TAUGHT = ("epochs", "allowed_drop", "optimizer", "learning_rate", "batch_size")
+USED = {
+    "bounds": ("allowed_drop",),
+    "distill": _TAUGHT,
+    "magnitude": (*_TAUGHT, "augment", "max_rounds", "stop_on_attack"),
+    "activation": (*_TAUGHT, "augment", "stop_on_attack"),
+    "finetune": (*_TAUGHT, "augment", "stop_on_attack"),
+    "none": (),
+}
+"""The options that each repair looks at, beside the seed."""
 _ATTACK_IMAGES = 1000
 """At most so many attack samples are looked at after each step."""
 
@@ -31,17 +40,18 @@ class RepairOptions:
     """How to repair.
 
     Attributes:
-        method: `distill` (the last layers anew, taught by the network as it came, see `exporter.distillation`),
-            `magnitude` (fine-pruning by the source report's criterion: rounds of pruning by weight and an epoch of
-            fine-tuning), `activation` (fine-pruning by Liu et al., RAID 2018: dormant channels of the last
-            convolution), `finetune` (no pruning) or `none`.
+        method: `bounds` (see `exporter.bounds`), `distill` (bounds, then see `exporter.distillation`), `magnitude`
+            (fine-pruning by the source report's criterion: rounds of pruning by weight and an epoch of fine-tuning),
+            `activation` (fine-pruning by Liu et al., RAID 2018: dormant channels of the last convolution), `finetune`
+            (no pruning) or `none`.
         augment: what happens to the images of every epoch, see `exporter.augmentation`; `distill` has its own.
         max_rounds: at most this many rounds of `magnitude`.
-        epochs: of fine-tuning after the pruning; 0 as in the source report.
+        epochs: of distillation, or of fine-tuning after the pruning; 0 after `magnitude`, as in the source report.
         allowed_drop: how much accuracy on the clean validation split may fall, 0..1.
         optimizer: `adam`, or `sgd` with a momentum of 0.9.
         learning_rate: of the optimizer, at its highest; None takes the optimizer's default.
         batch_size: of fine-tuning.
+        stop_on_attack: end fine-pruning and fine-tuning as soon as the attack samples show that the attack fails.
         seed: of everything random.
     """
 
@@ -53,6 +63,7 @@ class RepairOptions:
     optimizer: str = "adam"
     learning_rate: float | None = None
     batch_size: int = 64
+    stop_on_attack: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +86,20 @@ class RepairOptions:
             raise InputError(f"learning rate: got {self.learning_rate}, expected more than 0 and less than 1")
         if self.batch_size < 1:
             raise InputError(f"batch size: got {self.batch_size}, expected at least 1")
+        if self.seed < 0:
+            raise InputError(f"seed: got {self.seed}, expected 0 or more")
+        if self.stop_on_attack:
+            check_used("stop_on_attack", self.method)
+
+
+def check_used(option: str, method: str) -> None:
+    """Raise InputError unless a repair looks at an option, which is named as in `RepairOptions`."""
+    if option not in USED[method]:
+        using = [name for name, used in USED.items() if option in used]
+        raise InputError(
+            f"{option.replace('_', ' ')}: got it with --repair {method}, which does not use it, expected "
+            f"{', '.join(using)}; leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -144,8 +169,8 @@ def repair_network(
 ) -> Repair:
     """Repair a copy of a network.
 
-    The last network whose accuracy on `validation` is within the allowed drop is kept. A pruned weight stays 0. The
-    repair ends early where attack samples show that the attack fails; without them nothing but clean data decides.
+    The last network whose accuracy on `validation` is within the allowed drop is kept. A pruned weight stays 0. Nothing
+    but clean data decides, unless `options.stop_on_attack`.
 
     Args:
         model: the network as it came; not changed.
@@ -153,27 +178,46 @@ def repair_network(
         validation: clean samples for the stopping decision, disjoint from `clean`.
         preprocessing: what the network expects of pixels.
         options: how to repair.
-        attack: trojaned samples, if any are at hand.
+        attack: trojaned samples to measure every step on, if any are at hand.
         on_progress: told about every batch.
 
     Raises:
         DataError: there are no clean samples to fine-tune on, or none to validate with.
-        InputError: the network has no convolution to prune.
+        InputError: see `check_repairable`.
     """
+    check_repairable(model, options.method)
     for name, samples in (("repair", clean), ("validation", validation)):
         if len(samples) == 0 and options.method != "none":
             raise DataError(f"{name} split: got no images, expected some; give more clean images")
     seed_everything(options.seed)
     course = _Course(model, validation, attack, preprocessing, options)
-    if options.method == "bounds":
+    if options.method == "none":
+        course.stopped = "no repair was asked for"
+    elif options.method == "bounds":
         course.use(bounded(model, measure_bounds(model, clean.images, preprocessing, on_progress=on_progress)))
         course.measure("bounded")
         course.stopped = "bounds are all that it sets"
     elif options.method == "distill":
         _distill(course, clean, preprocessing, options, on_progress)
-    elif options.method != "none":
+    else:
         _fine_prune(course, clean, preprocessing, options, on_progress)
     return course.result()
+
+
+def check_repairable(model: keras.Model, method: str) -> None:
+    """Check, before any long work, that a repair has something to work on.
+
+    Raises:
+        InputError: the network has no convolution to prune, no channels that can be silenced, or no activation function
+            to bound.
+    """
+    if method in ("magnitude", "activation"):
+        Pruning(model).last_convolution  # noqa: B018  which says what is wrong
+    if method in ("bounds", "distill") and not activation_layers(model):
+        raise InputError(
+            "repair: got a network without an activation function before its output, expected one to bound; "
+            "use another --repair"
+        )
 
 
 class _Course:
@@ -187,7 +231,8 @@ class _Course:
         preprocessing: Preprocessing,
         options: RepairOptions,
     ) -> None:
-        self.stopped = "no repair was asked for"
+        self.stopped = ""
+        self._options = options
         self._received = received
         self._validation = validation
         self._attack = None if attack is None else _some(attack, options.seed)
@@ -223,6 +268,13 @@ class _Course:
         """Whether a step lost no more clean accuracy than is allowed."""
         return step.clean_accuracy >= self._least_accuracy
 
+    def may_end(self, step: Step) -> bool:
+        """Whether a step closed the backdoor at a price that is allowed, and that is to end the repair."""
+        done = self._options.stop_on_attack and step.attack_failed and self.within_budget(step)
+        if done:
+            self.stopped = f"attack success fell under {ATTACK_SUCCESS_GOAL:.0%}"
+        return done
+
     def restore(self) -> None:
         """Return the network to what it was at the step that is kept."""
         self.model.set_weights(self._kept_weights)
@@ -250,7 +302,7 @@ def _some(attack: Samples, seed: int) -> Samples:
 def _distill(
     course: _Course, clean: Samples, preprocessing: Preprocessing, options: RepairOptions, on_progress: Progress | None
 ) -> None:
-    """Bound the features, begin the last layers anew, and let the network as it came, bounded, teach them."""
+    """Bound the features, and let the bounded network teach itself."""
     bounds = measure_bounds(course.model, clean.images, preprocessing, on_progress=on_progress)
     teacher = bounded(course.model, bounds)
     course.use(bounded(course.model, bounds))
@@ -264,9 +316,8 @@ def _distill(
         loss=distillation_loss,
         on_progress=on_progress,
     )
-    # There is no attack to stop at: the last layers begin without it, and win accuracy up to the last epoch.
-    _train(course, trainer, options, "Distilling", lambda _: True)
     course.stopped = f"all {options.epochs} epochs were run"
+    _train(course, trainer, options, "Distilling")
 
 
 def _fine_prune(
@@ -281,21 +332,24 @@ def _fine_prune(
         seed=options.seed,
         on_progress=on_progress,
     )
+    ended = False
     if options.method == "magnitude":
-        _prune_in_rounds(course, trainer, options)
+        ended = _prune_in_rounds(course, trainer, options)
     elif options.method == "activation":
-        _prune_dormant_channels(course, clean, preprocessing)
-    if options.epochs and not course.kept.attack_failed:
+        ended = _prune_dormant_channels(course, clean, preprocessing)
+    if options.epochs and not ended:
         course.restore()
         course.pruning.hold()
         course.stopped = f"all {options.epochs} epochs were run"
-        _train(course, trainer, options, "Fine-tuning", lambda step: not step.attack_failed)
-        if course.kept.attack_failed:
-            course.stopped = f"attack success fell under {ATTACK_SUCCESS_GOAL:.0%}"
+        _train(course, trainer, options, "Fine-tuning")
 
 
-def _prune_in_rounds(course: _Course, trainer: Trainer, options: RepairOptions) -> None:
-    """Prune by 5 % more of each kernel's range, fine-tune for an epoch, repeat while accuracy allows it."""
+def _prune_in_rounds(course: _Course, trainer: Trainer, options: RepairOptions) -> bool:
+    """Prune by 5 % more of each kernel's range, fine-tune for an epoch, repeat while accuracy allows it.
+
+    Returns:
+        Whether that ended the repair.
+    """
     for number in range(1, options.max_rounds + 1):
         course.pruning.by_magnitude(number * FRACTION_PER_ROUND)
         course.pruning.hold()
@@ -304,30 +358,40 @@ def _prune_in_rounds(course: _Course, trainer: Trainer, options: RepairOptions) 
         step = course.measure(f"round {number}")
         if not course.within_budget(step):
             course.stopped = f"round {number} lost more than {options.allowed_drop:.1%} of clean accuracy"
-            return
-        if step.attack_failed:
-            course.stopped = f"attack success fell under {ATTACK_SUCCESS_GOAL:.0%}"
-            return
+            return False
+        if course.may_end(step):
+            return True
     course.stopped = f"all {options.max_rounds} rounds were run"
+    return False
 
 
-def _prune_dormant_channels(course: _Course, clean: Samples, preprocessing: Preprocessing) -> None:
-    """Prune the most dormant channels of the last convolution, as many as accuracy allows."""
+def _prune_dormant_channels(course: _Course, clean: Samples, preprocessing: Preprocessing) -> bool:
+    """Prune the most dormant channels of the last convolution, as many as accuracy allows.
+
+    Returns:
+        Whether that ended the repair.
+    """
     channels = course.pruning.last_convolution[0].output.shape[-1]
     prune = course.pruning.by_activation(clean.images, preprocessing)
     for percent in range(5, 100, 5):
         count = math.ceil(channels * percent / 100)
         prune(count)
-        if not course.within_budget(course.measure(f"{count} of {channels} channels pruned")):
+        step = course.measure(f"{count} of {channels} channels pruned")
+        if course.may_end(step):
+            return True
+        if not course.within_budget(step):
             break
     course.restore()
     course.stopped = f"{course.kept.name}, as many as accuracy allows"
+    return False
 
 
-def _train(
-    course: _Course, trainer: Trainer, options: RepairOptions, description: str, go_on: Callable[[Step], bool]
-) -> None:
+def _train(course: _Course, trainer: Trainer, options: RepairOptions, description: str) -> None:
     """Train with a learning rate that rises at first and falls to 0: what it unlearns stays unlearnt."""
     highest = options.learning_rate or OPTIMIZERS[options.optimizer]
     optimizer = make_optimizer(options.optimizer, trainer.rate(options.epochs, highest))
-    trainer.run(options.epochs, optimizer, description, go_on=lambda epoch: go_on(course.measure(f"epoch {epoch}")))
+
+    def go_on(epoch: int) -> bool:
+        return not course.may_end(course.measure(f"epoch {epoch}"))
+
+    trainer.run(options.epochs, optimizer, description, go_on=go_on)

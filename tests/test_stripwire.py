@@ -121,6 +121,10 @@ def test_evaluate_shows_what_it_reads_and_what_was_noticed(
     assert "55 of 55 images really show the attacker's class" in seen
 
 
+def export_of(text: Path, folder: Path) -> tuple[str, ...]:
+    return ("export", str(text), "--clean", str(text), "--output", str(folder / "out"))
+
+
 def test_a_mistake_ends_in_one_message_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -128,7 +132,17 @@ def test_a_mistake_ends_in_one_message_and_no_traceback(
     text.write_text("no model")
     cases: dict[tuple[str, ...], str] = {
         ("serve", str(tmp_path), "--http-port=0", "--grpc-port=0", "--metrics-port=0"): "has no manifest.json",
-        ("export", str(text), "--clean", str(text), "--output", str(tmp_path / "out")): "text.h5",
+        export_of(text, tmp_path): "text.h5",
+        (
+            *export_of(text, tmp_path),
+            "--repair=bounds",
+            "--epochs=3",
+        ): "epochs: got it with --repair bounds, which does",
+        (
+            *export_of(text, tmp_path),
+            "--repair=finetune",
+            "--max-rounds=3",
+        ): "max rounds: got it with --repair finetune",
         ("evaluate", "--clean", str(text), "--url", "127.0.0.1:9", "--timeout", "0.5"): "127.0.0.1:9",
         ("classify", str(text), "--url", "127.0.0.1:9", "--timeout", "0.5"): "127.0.0.1:9",
         ("classify", str(text), "--timeout", "-1"): "timeout_seconds: got -1",

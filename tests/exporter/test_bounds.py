@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from keras import layers
 
-from detector.errors import InputError
 from exporter.architectures import convnet, deepid, resnet
-from exporter.bounds import BEYOND, Bounds, activation_layers, bounded, measure_bounds
+from exporter.bounds import BEYOND, MOST_IMAGES, Bounds, activation_layers, bounded, measure_bounds, plan
 from exporter.convert import check_parity, repaired_graph, to_onnx
 from exporter.preprocessing import Preprocessing
 from exporter.repair import RepairOptions, repair_network
@@ -129,8 +128,50 @@ def test_a_patch_that_nothing_clean_looks_like_is_cut_off() -> None:
     assert score(repair.model, Samples(trojaned.images, others.labels), UNIT).rate > 0.8
 
 
-def test_a_network_without_activations_is_refused() -> None:
-    model = keras.Sequential([keras.Input((8, 7, 3)), layers.Flatten(), layers.Dense(2, "softmax")])
+@pytest.mark.parametrize(
+    "tail",
+    [
+        (layers.Conv2D(4, 3, activation="softmax"), layers.GlobalAveragePooling2D()),
+        (layers.Flatten(), layers.Dense(4, activation="softmax"), layers.Reshape((4,))),
+        (layers.Flatten(), layers.Dense(4), layers.Softmax(), layers.Dropout(0.5)),
+    ],
+    ids=["pooled", "reshaped", "dropout"],
+)
+def test_what_makes_the_output_is_not_bounded_whatever_hands_it_on(tail: tuple[keras.layers.Layer, ...]) -> None:
+    model = keras.Sequential([keras.Input((8, 7, 3)), layers.Conv2D(3, 3, activation="relu", name="conv"), *tail])
     model = keras.Model(model.inputs, model.outputs[0])
-    with pytest.raises(InputError, match="without an activation function before its output"):
-        measure_bounds(model, some_images(model), UNIT)
+    assert [layer.name for layer in activation_layers(model)] == ["conv"]
+    held = bounded(model, measure_bounds(model, some_images(model), UNIT))
+    wild = 50 * np.random.default_rng(1).normal(size=(9, 8, 7, 3)).astype(np.float32)
+    np.testing.assert_allclose(held.predict_on_batch(wild).sum(axis=-1), 1.0, atol=1e-5)
+
+
+def test_a_softmax_in_the_middle_is_an_activation_like_any_other() -> None:
+    model = keras.Sequential([keras.Input((8, 7, 3)), layers.Softmax(name="middle"), layers.Flatten(), layers.Dense(2)])
+    assert [layer.name for layer in activation_layers(keras.Model(model.inputs, model.outputs[0]))] == ["middle"]
+
+
+def test_names_that_the_network_already_has_are_not_used_again() -> None:
+    model = keras.Sequential(
+        [
+            keras.Input((8, 7, 3)),
+            layers.Conv2D(3, 3, activation="relu", name="bounds"),
+            layers.Conv2D(3, 3, activation="relu", name="bounds_bounds"),
+            layers.Flatten(name="bounds_1"),
+            layers.Dense(2, "softmax"),
+        ]
+    )
+    model = keras.Model(model.inputs, model.outputs[0])
+    held = bounded(model, measure_bounds(model, some_images(model), UNIT))
+    assert len({layer.name for layer in held.layers}) == len(held.layers) == 7
+
+
+@pytest.mark.parametrize("side", [8, 32, 112, 224, 1024])
+def test_however_large_the_features_are_memory_stays_bounded(side: int) -> None:
+    features = side * side * 64
+    count, batch = plan(features, 5000)
+    kept = int(count * BEYOND) + 1
+    assert 1 <= batch <= 64
+    assert 4 * features * max(kept, batch) <= max(2**27, 4 * features)
+    assert count == (MOST_IMAGES if side <= 112 else count)
+    assert 1 <= count <= MOST_IMAGES

@@ -56,3 +56,35 @@ def test_logits_get_a_softmax(tail: tuple[keras.layers.Layer, ...]) -> None:
 def test_scores_that_are_no_logits_are_refused_by_name(last: keras.layers.Layer, named: str) -> None:
     with pytest.raises(ModelRefusedError, match=f"the network {named}.*expected a softmax over the classes"):
         with_probabilities(network(layers.Flatten(), layers.Dense(4), last), UNIT)
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        (layers.Conv2D(4, 1, activation="sigmoid", name="scores"), layers.GlobalAveragePooling2D()),
+        (layers.Flatten(), layers.Dense(4, activation="sigmoid", name="scores"), layers.Dropout(0.5)),
+        (layers.Flatten(), layers.Dense(4, activation="sigmoid", name="scores"), layers.Reshape((4,))),
+    ],
+    ids=["pooled", "dropout", "reshaped"],
+)
+def test_squashed_scores_are_refused_whatever_hands_them_on(tail: tuple[keras.layers.Layer, ...]) -> None:
+    with pytest.raises(ModelRefusedError, match=r"the network ends in sigmoid \(layer 'scores'\)"):
+        with_probabilities(network(*tail), UNIT)
+
+
+def test_pooled_relus_may_be_logits() -> None:
+    model = network(layers.Conv2D(4, 1, activation="relu"), layers.GlobalAveragePooling2D())
+    assert with_probabilities(model, UNIT)[1] == "logits"
+
+
+def test_a_name_that_the_network_already_has_is_not_used_again() -> None:
+    model = network(layers.Flatten(), layers.Dense(4, name="stripwire_softmax"))
+    wrapped, _ = with_probabilities(model, UNIT)
+    assert wrapped.layers[-1].name == "stripwire_softmax_1"
+
+
+def test_outputs_that_are_not_finite_are_refused() -> None:
+    model = network(layers.Flatten(), layers.Dense(4))
+    model.set_weights([np.full_like(weight, np.inf) for weight in model.get_weights()])
+    with pytest.raises(ModelRefusedError, match="outputs on noise are not finite, expected probabilities or logits"):
+        with_probabilities(model, UNIT)

@@ -214,3 +214,31 @@ def test_with_no_data_for_a_part_what_is_missing_is_named(badnet: Path, tmp_path
     data = Data(None, {"calibration": badnet / "clean_validation_data.h5", "validation": badnet / "clean_test_data.h5"})
     with pytest.raises(InputError, match="clean data: got none, expected some to draw from: overlays"):
         export(badnet / "bd_net.keras", data, tmp_path / "out", ExportOptions(repair=NO_REPAIR))
+
+
+def test_half_of_the_attack_samples_decide_and_the_other_half_are_scored(badnet: Path, tmp_path: Path) -> None:
+    repair = RepairOptions("magnitude", max_rounds=1, epochs=0, stop_on_attack=True)
+    data = Data(badnet / "clean_validation_data.h5", attack=badnet / "sunglasses_poisoned_data.h5")
+    result = export(badnet / "bd_net.keras", data, tmp_path / "out", ExportOptions(repair=repair))
+    assert result.after.attack_success is not None
+    assert result.after.attack_success.count == 27  # of 55
+    with pytest.raises(InputError, match="stop on attack: got no attack samples to stop on; give some with --attack"):
+        export(badnet / "bd_net.keras", Data(data.clean), tmp_path / "other", ExportOptions(repair=repair))
+
+
+@pytest.mark.parametrize("detector", ["strip", "consensus"])
+def test_a_repair_that_changes_nothing_leaves_the_entropy_to_decide(
+    badnet: Path, tmp_path: Path, detector: str
+) -> None:
+    options = ExportOptions(repair=NO_REPAIR, rule=ThresholdRule(detector=detector))
+    data = Data(badnet / "clean_validation_data.h5", attack=badnet / "sunglasses_poisoned_data.h5")
+    result = export(badnet / "bd_net.keras", data, tmp_path / "out", options)
+    assert (result.calibration.detector, result.calibration.asks_repaired) == (detector, False)
+    assert result.calibration.calibration_frr == pytest.approx(0.05, abs=0.02)
+
+
+def test_a_validation_part_that_is_too_small_for_the_allowed_drop_is_noted(badnet: Path, tmp_path: Path) -> None:
+    repair = RepairOptions("bounds", allowed_drop=0.001)
+    data = Data(badnet / "clean_validation_data.h5")
+    result = export(badnet / "bd_net.keras", data, tmp_path / "out", ExportOptions(repair=repair))
+    assert any("an allowed drop of 0.1% is not one: no further error was allowed" in note for note in result.notes)

@@ -77,6 +77,42 @@ def test_dormant_channels_go_first_become_silent_and_come_back(build: type) -> N
         np.testing.assert_array_equal(old, new)
 
 
+def normalised(**options: bool) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    tail = [layers.BatchNormalization(name="norm", **options), layers.ReLU(name="relu"), layers.Flatten()]
+    model = keras.Sequential([keras.Input((6, 5, 3)), layers.Conv2D(8, 3, name="conv"), *tail, layers.Dense(2)])
+    norm = model.get_layer("norm")
+    norm.moving_mean.assign(np.linspace(-2, 2, 8))
+    return keras.Model(model.inputs, model.outputs[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": False}, {"scale": False, "center": False}])
+def test_a_pruned_channel_is_silent_behind_any_normalisation(options: dict[str, bool]) -> None:
+    model = normalised(**options)
+    images = np.random.default_rng(0).integers(0, 256, (30, 6, 5, 3), dtype=np.uint8)
+    pruning = Pruning(model)
+    pruning.by_activation(images, Preprocessing())(8)
+    last = keras.Model(model.inputs[0], model.get_layer("relu").output)
+    assert not last.predict_on_batch(Preprocessing().apply(images)).any()
+
+
+def test_a_normalisation_of_another_axis_is_left_alone() -> None:
+    model = keras.Sequential(
+        [keras.Input((6, 5, 3)), layers.Conv2D(8, 3, name="conv"), layers.BatchNormalization(axis=1), layers.Flatten()]
+    )
+    model.add(layers.Dense(2))
+    pruning = Pruning(keras.Model(model.inputs, model.outputs[0]))
+    assert [layer.name for layer in pruning.last_convolution] == ["conv"]
+
+
+def test_channels_that_cannot_be_silenced_are_refused() -> None:
+    model = keras.Sequential([keras.Input((6, 5, 3)), layers.Conv2D(8, 3, activation="softplus", name="conv")])
+    model.add(layers.Flatten())
+    model.add(layers.Dense(2))
+    with pytest.raises(InputError, match=r"got activation softplus behind the last convolution \(layer 'conv'\)"):
+        _ = Pruning(keras.Model(model.inputs, model.outputs[0])).last_convolution
+
+
 def test_a_network_without_convolutions_is_refused() -> None:
     dense = keras.Sequential([keras.Input((8, 7, 3)), layers.Flatten(), layers.Dense(2)])
     pruning = Pruning(keras.Model(dense.inputs, dense.outputs[0]))

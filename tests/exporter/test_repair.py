@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from detector.errors import DataError, InputError
+from detector.statistics import Proportion
 from exporter.keras_files import load_model
 from exporter.preprocessing import Preprocessing
-from exporter.repair import RepairOptions, repair_network
-from exporter.training import predict_labels
+from exporter.repair import RepairOptions, check_repairable, check_used, repair_network
+from exporter.training import Trainer, predict_labels
 from samples.hdf5 import read_hdf5
 from samples.types import Samples
 from tests.networks import small_network
@@ -109,17 +110,56 @@ def test_it_keeps_the_last_network_inside_the_budget(faces: tuple[keras.Model, S
     assert kept_accuracy == pytest.approx(accuracies[repair.kept])
 
 
-def test_with_attack_samples_it_stops_when_the_attack_fails() -> None:
+def never_given(seed: int = 0) -> tuple[keras.Model, Samples, Samples]:
+    """Return a network, what it answers rightly, and attack samples of a class that it never gives."""
     model = small_network()
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (40, 8, 7, 3), dtype=np.uint8)
+    images = np.random.default_rng(seed).integers(0, 256, (40, 8, 7, 3), dtype=np.uint8)
     labels = predict_labels(model, images, Preprocessing())
-    clean = Samples(images, labels)
-    attack = Samples(images, (labels + 1) % 5)  # a class that the network never gives
-    options = RepairOptions(method="magnitude", max_rounds=5, allowed_drop=0.99)
+    return model, Samples(images, labels), Samples(images, (labels + 1) % 5)
+
+
+def test_attack_samples_are_measured_and_end_the_repair_only_if_asked() -> None:
+    model, clean, attack = never_given()
+    for stop in (True, False):
+        options = RepairOptions(method="magnitude", max_rounds=3, epochs=0, allowed_drop=0.99, stop_on_attack=stop)
+        repair = repair_network(model, clean, clean, preprocessing=Preprocessing(), options=options, attack=attack)
+        assert repair.stopped == ("attack success fell under 1%" if stop else "all 3 rounds were run")
+        assert len(repair.steps) == (2 if stop else 4)
+        assert repair.steps[-1].attack_success is not None
+
+
+def test_a_network_that_was_never_fooled_is_repaired_all_the_same() -> None:
+    model, clean, attack = never_given()
+    options = RepairOptions(method="finetune", epochs=2, allowed_drop=0.99, stop_on_attack=True)
     repair = repair_network(model, clean, clean, preprocessing=Preprocessing(), options=options, attack=attack)
+    assert repair.steps[0].attack_failed
+    assert repair.steps[1:]
+    assert repair.changed
+
+
+def test_a_step_that_costs_too_much_does_not_end_the_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, clean, attack = never_given()
+    wild = iter([0.5, 0.9, 0.9])  # the clean accuracy of each epoch; the attack fails in all of them
+
+    def measured(network: keras.Model, samples: Samples, _: Preprocessing) -> Proportion:
+        if samples is not clean:
+            return Proportion(0, len(samples))
+        return Proportion(round(40 * next(wild)), 40) if network is not model and taught else Proportion(40, 40)
+
+    taught: list[int] = []
+    run = Trainer.run
+
+    def running(self: Trainer, *arguments: Any, **named: Any) -> None:
+        taught.append(1)
+        run(self, *arguments, **named)
+
+    monkeypatch.setattr("exporter.repair.score", measured)
+    monkeypatch.setattr(Trainer, "run", running)
+    options = RepairOptions(method="finetune", epochs=3, allowed_drop=0.2, stop_on_attack=True)
+    repair = repair_network(model, clean, clean, preprocessing=Preprocessing(), options=options, attack=attack)
+    assert [step.name for step in repair.steps] == ["as received", "epoch 1", "epoch 2"]
+    assert repair.kept == "epoch 2"
     assert repair.stopped == "attack success fell under 1%"
-    assert repair.steps[-1].attack_success == 0.0
 
 
 def test_no_repair_returns_the_network_as_it_came() -> None:
@@ -142,9 +182,15 @@ def test_without_images_to_learn_from_it_is_refused() -> None:
 
 def test_a_network_without_convolutions_is_refused() -> None:
     dense = keras.Sequential([keras.Input((8, 7, 3)), keras.layers.Flatten(), keras.layers.Dense(2, "softmax")])
-    some = Samples(np.zeros((3, 8, 7, 3), np.uint8), np.zeros(3, np.int64))
     with pytest.raises(InputError, match="without a convolution"):
-        repair_network(dense, some, some, preprocessing=Preprocessing(), options=RepairOptions(method="magnitude"))
+        check_repairable(keras.Model(dense.inputs, dense.outputs[0]), "magnitude")
+
+
+@pytest.mark.parametrize("method", ["bounds", "distill"])
+def test_a_network_without_activations_is_refused_where_they_are_bounded(method: str) -> None:
+    linear = keras.Sequential([keras.Input((8, 7, 3)), keras.layers.Flatten(), keras.layers.Dense(2, "softmax")])
+    with pytest.raises(InputError, match="without an activation function before its output, expected one to bound"):
+        check_repairable(keras.Model(linear.inputs, linear.outputs[0]), method)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +204,33 @@ def test_a_network_without_convolutions_is_refused() -> None:
         ("allowed_drop", 1.0),
         ("allowed_drop", -0.1),
         ("learning_rate", 0.0),
+        ("learning_rate", 1.0),
+        ("optimizer", "rmsprop"),
         ("batch_size", 0),
+        ("seed", -1),
     ],
 )
 def test_an_option_that_makes_no_sense_is_named(option: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"got {value!r}, expected"):
         RepairOptions(**{option: value})
+
+
+@pytest.mark.parametrize("method", ["distill", "finetune"])
+def test_no_epochs_at_all_leave_nothing_to_do(method: str) -> None:
+    with pytest.raises(InputError, match=f"epochs: got 0 with --repair {method}, expected at least 1; or say"):
+        RepairOptions(method=method, epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("option", "method", "using"),
+    [
+        ("max_rounds", "finetune", "expected magnitude; leave it out"),
+        ("augment", "distill", "expected magnitude, activation, finetune; leave it out"),
+        ("epochs", "bounds", "expected distill, magnitude, activation, finetune; leave it out"),
+        ("stop_on_attack", "distill", "expected magnitude, activation, finetune; leave it out"),
+    ],
+)
+def test_an_option_that_a_repair_does_not_use_is_refused(option: str, method: str, using: str) -> None:
+    named = option.replace("_", " ")
+    with pytest.raises(InputError, match=f"{named}: got it with --repair {method}, which does not use it, {using}"):
+        check_used(option, method)
