@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from detector.conformal import DETECTORS, Floats, Regions, peel
-from detector.consensus import geometric_mean_bits, is_disputed
+from detector.consensus import LEAST_BITS, geometric_mean_bits, is_disputed
 from detector.errors import CalibrationError, InputError
 from detector.statistics import Proportion, frr_range
 from detector.strip import is_trojaned
@@ -160,6 +160,19 @@ def scores(entropies_bits: Floats, detector: str) -> Floats:
     """
     mean: Floats = entropies_bits.mean(axis=1) if detector == "strip" else geometric_mean_bits(entropies_bits)
     return mean
+
+
+def terms(entropies_bits: Floats, detector: str) -> Floats:
+    """Return what each overlay adds to a score: the mean over an image's overlays orders images as `scores` does.
+
+    Args:
+        entropies_bits: (images, overlays).
+        detector: one of `DETECTORS`.
+
+    Returns:
+        (images, overlays), of the same dtype.
+    """
+    return entropies_bits if detector == "strip" else np.log2(np.maximum(entropies_bits, LEAST_BITS))
 
 
 def calibrate(

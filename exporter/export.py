@@ -16,7 +16,7 @@ import onnxruntime
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from detector.calibration import ALPHAS, Calibration, ThresholdRule
+from detector.calibration import ALPHAS, Calibration, ThresholdRule, terms
 from detector.errors import DataError, InputError, ModelRefusedError
 from exporter.classifier import with_probabilities
 from exporter.commands import commands
@@ -292,7 +292,8 @@ def _choose_overlays(
     matrix = entropy_matrix(
         session, split.selection.images, candidates, options.input_weight, on_progress, "Comparing overlays"
     )
-    chosen: NDArray[np.uint8] = candidates[choose_greedily(matrix, options.overlays, options.rule.target_frr)]
+    of_overlays = terms(matrix, options.rule.detector)
+    chosen: NDArray[np.uint8] = candidates[choose_greedily(of_overlays, options.overlays, options.rule.target_frr)]
     return chosen
 
 

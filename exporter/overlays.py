@@ -82,7 +82,8 @@ def choose_greedily(entropies: NDArray[np.floating[Any]], count: int, target_frr
     The higher the lowest clean entropies, the higher the threshold may be, and the fewer trojaned inputs pass over it.
 
     Args:
-        entropies: of each clean image under each candidate overlay, (images, candidates), in bits.
+        entropies: of each clean image under each candidate overlay, (images, candidates), in bits; for another mean
+            than the arithmetic one, see `detector.calibration.terms`.
         count: how many overlays to choose, 1 to candidates.
         target_frr: the false rejection rate that the threshold will aim at, 0 < target_frr < 1.
 

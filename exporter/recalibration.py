@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.calibration import ALPHAS, Calibration, ThresholdRule
+from detector.calibration import ALPHAS, Calibration, ThresholdRule, terms
 from detector.errors import CalibrationError, InputError
 from detector.serving import read_overlays, read_plain_first, read_thresholds
 from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, open_graph
@@ -139,7 +139,7 @@ def recalibrate(
             matrix = entropy_matrix(
                 session, images[parts.selection], candidates, alpha, on_progress, "Comparing overlays"
             )
-            overlays = candidates[choose_greedily(matrix, count, options.rule.target_frr)]
+            overlays = candidates[choose_greedily(terms(matrix, detector), count, options.rule.target_frr)]
         else:
             overlays = candidates
     entropies = entropy_matrix(session, images[parts.calibration], overlays, alpha, on_progress, "Calibrating STRIP")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from detector.calibration import ThresholdRule, calibrate, fixed_threshold, normal_threshold
+from detector.calibration import ThresholdRule, calibrate, fixed_threshold, normal_threshold, scores, terms
 from detector.errors import CalibrationError, InputError, StripwireError
 
 
@@ -130,3 +130,33 @@ def test_a_rule_chooses_by_its_method(rule: ThresholdRule, threshold: float, met
 def test_a_rule_that_makes_no_sense_is_refused(values: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         ThresholdRule(*values)
+
+
+@pytest.mark.parametrize("detector", ["strip", "consensus"])
+def test_terms_order_images_as_scores_do(detector: str) -> None:
+    entropies = np.random.default_rng(0).gamma(0.1, 1.0, (200, 7))
+    np.testing.assert_array_equal(
+        np.argsort(terms(entropies, detector).mean(axis=1)), np.argsort(scores(entropies, detector))
+    )
+
+
+def test_consensus_needs_an_image_for_each_of_its_thresholds() -> None:
+    entropies, nlls = np.arange(1.0, 40.0), np.arange(39.0)
+    calibration = calibrate(entropies, 0.05, nlls, detector="consensus")
+    assert (calibration.threshold_bits, calibration.threshold_nll) == (1.0, 38.0)
+    assert calibration.rejects(np.array([1.0, 1.1, 1.1]), np.array([0.0, 38.0, 37.9])).tolist() == [True, True, False]
+    with pytest.raises(CalibrationError, match="38 clean calibration images, expected at least 39 images for it with"):
+        calibrate(entropies[1:], 0.05, nlls[1:], detector="consensus")
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"detector": "luck"}, "detector: got 'luck', expected one of strip, consensus"),
+        ({"detector": "consensus", "method": "normal"}, "detector: got consensus with calibration method normal"),
+        ({"detector": "consensus", "threshold_bits": 0.5}, "detector: got consensus with calibration method fixed"),
+    ],
+)
+def test_a_detector_that_cannot_be_calibrated_so_is_refused(rule: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ThresholdRule(**rule)
