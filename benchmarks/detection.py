@@ -1,8 +1,9 @@
 """How well both defences do: what each repair leaves of an attack, and what STRIP lets through.
 
 `python -m benchmarks.detection CASE --data DATA` measures a case and adds it to `benchmarks/results/CASE.json`; what is
-there already is not measured again, so a run that was broken off goes on. `python -m benchmarks.detection tables`
-prints what was measured as the tables of docs/results.md. DATA is described in CONTRIBUTING.md; faces need none.
+there already, with the same network, split and options, is not measured again, so a run that was broken off goes on.
+`python -m benchmarks.detection tables` prints what was measured as the tables of docs/results.md. DATA is described in
+CONTRIBUTING.md; faces need none.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -155,26 +156,29 @@ def measure(name: str, data: Path | None, images: int, only: tuple[str, ...], re
     file = RESULTS / f"{name}.json"
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     key = {"network": _fingerprint(material.model), "test": material.clean.sha256(), "images": images}
+    key |= {"alphas": list(ALPHAS), "overlays": list(OVERLAYS), "split": material.split.to_json()}
     if results.get("key") != key:
-        results = {"key": key, "machine": platform.machine(), "split": material.split.to_json()}
+        results = {"key": key, "machine": platform.machine()}
         results["received"] = _rates(material.model, material)
         _save(file, results)
     if "strip" not in results:
         results["strip"] = _strip(material, images, report)
         _save(file, results)
     for method in only or material.repairs:
-        if method not in results.setdefault("repairs", {}):
+        options = RepairOptions(method=method, seed=SEED)
+        if results.setdefault("repairs", {}).get(method, {}).get("options") != asdict(options):
             started = time.perf_counter()
             repaired = repair_network(
                 material.model,
                 material.split.repair,
                 material.split.validation,
                 preprocessing=material.preprocessing,
-                options=RepairOptions(method=method, seed=SEED),
+                options=options,
                 on_progress=report,
             )
             results["repairs"][method] = {
                 **_rates(repaired.model, material),
+                "options": asdict(options),
                 "kept": repaired.kept,
                 "seconds": round(time.perf_counter() - started),
             }
