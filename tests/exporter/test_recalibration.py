@@ -64,6 +64,24 @@ def test_only_what_calibration_concerns_gets_a_new_version(exported: Path, new_d
     assert result.base_threshold_bits == read_thresholds(exported / "strip_verdict" / "1")[1]
 
 
+def test_the_detector_changes_when_asked_and_stays_otherwise(exported: Path, new_data: Path) -> None:
+    rule = ThresholdRule(target_frr=0.1)
+    changed = recalibrate(exported, new_data, RecalibrationOptions(rule, detector="consensus"))
+    assert changed.calibration.detector == "consensus"
+    assert changed.calibration.asks_repaired
+    models = verify_repository(exported)["versions"]["2"]["models"]
+    assert {name for name, number in models.items() if number == 1} == {"badnet", "repaired"}
+    assert read_overlays(exported / "strip_perturb" / "2")[1] == 0.7  # that of the detector
+    again = recalibrate(exported, new_data, RecalibrationOptions(rule, overlay_choice="greedy", overlays=4))
+    assert again.calibration.detector == "consensus"
+    assert verify_repository(exported)["versions"]["3"]["models"]["strip_entropy"] == 2
+    back = recalibrate(exported, new_data, RecalibrationOptions(rule, detector="strip", keep_overlays=True))
+    assert (back.calibration.detector, back.calibration.threshold_nll) == ("strip", None)
+    overlays, alpha = read_overlays(exported / "strip_perturb" / "4")
+    assert (len(overlays), alpha) == (4, 0.7)
+    assert verify_repository(exported)["versions"]["4"]["models"]["strip_entropy"] == 4
+
+
 def test_the_threshold_is_that_of_the_new_images_under_the_new_overlays(exported: Path, new_data: Path) -> None:
     options = RecalibrationOptions(ThresholdRule(target_frr=0.1), overlays=5, alpha=0.6, seed=3)
     result = recalibrate(exported, new_data, options)
