@@ -744,7 +744,7 @@ def switch(control: ModelControl | None, repository: Path, back_to: str | None =
         manifest = verify_repository(repository)
         active: str = manifest["active"]
         try:
-            control.switch(active, manifest["versions"][active]["models"])
+            control.switch(active, manifest["versions"])
         except ServerError as error:
             if back_to in (None, active):
                 raise

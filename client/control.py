@@ -16,7 +16,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from client.api import GuardedClient
 from detector.errors import AccessDeniedError, ServerError
-from detector.serving import CONTROL_KEY
+from detector.serving import CONTROL_KEY, IDENTITY_KEY
 
 ENSEMBLE = "guarded"
 _POLL_SECONDS = 0.05
@@ -61,23 +61,23 @@ class ModelControl:
             ) from error
         return {(model.name, model.version): model.state for model in index.models}
 
-    def served(self) -> tuple[str, dict[str, int]]:
-        """Return the version that the server serves, and the version of each model that it consists of.
+    def served(self) -> tuple[str, dict[str, int], str]:
+        """Return the version that the server serves, the version of each model behind it, and its identity.
 
         Raises:
             ServerError: the server does not answer, or its ensemble does not name the versions behind it.
         """
         metadata = self._client.ask(ENSEMBLE, lambda triton, **options: triton.get_model_metadata(ENSEMBLE, **options))
-        steps = self._config(ENSEMBLE).ensemble_scheduling.step
-        models = {step.model_name: int(step.model_version) for step in steps}
+        config = self._config(ENSEMBLE)
+        models = {step.model_name: int(step.model_version) for step in config.ensemble_scheduling.step}
         if len(metadata.versions) != 1 or min(models.values(), default=-1) < 1:
             raise ServerError(
                 f"{ENSEMBLE}: the server has versions {list(metadata.versions)}, made of {models}, expected one that "
                 "names its models' versions; was the server started on a repository of this Stripwire?"
             )
-        return metadata.versions[0], models
+        return metadata.versions[0], models, config.parameters[IDENTITY_KEY].string_value
 
-    def switch(self, version: str, models: Mapping[str, int]) -> bool:
+    def switch(self, version: str, versions: Mapping[str, Any]) -> bool:
         """Have the server serve another version of the repository that lies before it.
 
         Requests that run meanwhile are answered by the old version or by the new one as a whole, and
@@ -85,35 +85,37 @@ class ModelControl:
 
         Args:
             version: number of the version, the active one of the repository on the server's disk.
-            models: the version of each model that it consists of.
+            versions: of that repository, as its manifest has them.
 
         Returns:
             Whether there was anything to do.
 
         Raises:
             AccessDeniedError: the server asks for another control token.
-            ServerError: the version could not be loaded; the server goes on with the one it had, so far as is known.
+            ServerError: the server serves another repository, or the version could not be loaded; the message says what
+                the server serves then.
         """
         self.check_access()
-        old, old_models = self.served()
+        old, old_models, identity = self.served()
+        if versions.get(old, {}).get("identity") != identity:
+            raise ServerError(
+                f"the server serves version {old} of another repository than this one, expected one of versions "
+                f"{', '.join(versions)} of this; the server was not touched. Is the address right?"
+            )
         if old == version:
             return False
+        models, before = versions[version]["models"], self._config(ENSEMBLE)
         renewed = [name for name, number in old_models.items() if models[name] != number]
         try:
             for name in renewed:
                 self._load(name, {old_models[name], models[name]})
             self._exchange(version)
         except ServerError as error:
-            goes_on, goes_on_models = old, old_models
-            with suppress(ServerError):  # what matters is the first error
-                goes_on, goes_on_models = self.served()
+            goes_on = self._went_on(before, {name: old_models[name] for name in renewed})
             if goes_on != version:  # else the answer alone was lost
-                with suppress(ServerError):
-                    for name in renewed:
-                        self._load(name, {goes_on_models[name]})
+                after = "serves nothing now: start it again" if goes_on is None else f"goes on with version {goes_on}"
                 raise ServerError(
-                    f"version {version} could not be put in place of {old}, and the server goes on with version "
-                    f"{goes_on}: {error}"
+                    f"version {version} could not be put in place of {old}, and the server {after}: {error}"
                 ) from error
         with suppress(ServerError):  # it is done; what stays of the old version goes when it is switched next
             if self._is_idle(old):
@@ -121,10 +123,29 @@ class ModelControl:
                     self._load(name, {models[name]})
         return True
 
+    def _went_on(self, before: ModelConfig, models: Mapping[str, int]) -> str | None:
+        """Return what the server serves after a failure, put back to what it was if need be; None for nothing."""
+        with suppress(ServerError):  # what matters is the first error
+            return self._tidied(models)
+        with suppress(ServerError):
+            config = json_format.MessageToJson(before, preserving_proto_field_name=True)
+            self._client.ask(ENSEMBLE, lambda triton, **options: triton.load_model(ENSEMBLE, config=config, **options))
+            return self._tidied(models)
+        return None
+
+    def _tidied(self, models: Mapping[str, int]) -> str:
+        """Return the version that is served; if it is the old one, its models alone stay loaded."""
+        version, served, _ = self.served()
+        if all(served[name] == number for name, number in models.items()):
+            with suppress(ServerError):
+                for name, number in models.items():
+                    self._load(name, {number})
+        return version
+
     def _exchange(self, version: str) -> None:
         """Load the ensemble as its files say."""
         self._load(ENSEMBLE)
-        now, _ = self.served()
+        now, _, _ = self.served()
         if now != version:
             raise ServerError(f"the server came up with version {now}; does it serve another repository?")
 

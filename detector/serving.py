@@ -30,6 +30,9 @@ from detector.strip import (
 
 MODES = ("block", "shadow")
 
+IDENTITY_KEY = "stripwire-identity"
+"""Parameter of the ensemble that tells which version of which repository it is."""
+
 SENTINEL_OUTPUTS = ("sentinel_entropy", "sentinel_geometric_entropy", "sentinel_label")
 REGION_FIELDS = ("entropies_bits", "nlls", "p_values")
 

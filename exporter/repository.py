@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import onnx
@@ -30,7 +31,7 @@ from tritonclient.grpc.model_config_pb2 import (
 
 from detector.calibration import Calibration
 from detector.errors import InputError, RepositoryError
-from detector.serving import MODES, REGION_FIELDS, SENTINEL_OUTPUTS, read_plain_first
+from detector.serving import IDENTITY_KEY, MODES, REGION_FIELDS, SENTINEL_OUTPUTS, read_plain_first
 from exporter.publishing import check_writable, locked, staged_folder
 from model_repository.manifest import MODELS, next_version, verify_repository, write_manifest
 
@@ -133,6 +134,7 @@ def write_repository(output: Path, served: ServedModel, write_report: Callable[[
         versions = {} if manifest is None else manifest["versions"]
         number = next_version(versions)
         versions[number] = {
+            "identity": uuid4().hex,
             "contract": _contract(served.image_shape, served.classes),
             "models": dict.fromkeys(MODELS, int(number)),
             "previous": None if manifest is None else manifest["active"],
@@ -177,6 +179,7 @@ def write_recalibration(repository: Path, base: str, changed: Recalibrated) -> s
         if read_plain_first(entropy) != changed.calibration.asks_repaired:
             renewed.append("strip_entropy")
         versions[number] = {
+            "identity": uuid4().hex,
             "contract": versions[base]["contract"],
             "models": versions[base]["models"] | dict.fromkeys(renewed, int(number)),
             "previous": base,
@@ -237,7 +240,8 @@ def _replaced(repository: Path, versions: dict[str, Any], active: str) -> Iterat
             shutil.copytree(repository, staged, dirs_exist_ok=True)
         yield staged
         contract, models = versions[active]["contract"], versions[active]["models"]
-        for config in model_configs(tuple(contract["image_shape"]), contract["classes"], models):
+        identity = versions[active]["identity"]
+        for config in model_configs(tuple(contract["image_shape"]), contract["classes"], models, identity):
             _write_config(staged / config.name / "config.pbtxt", config)
             if "mode" in config.parameters:
                 for mode in _MODES_BESIDE_DEFAULT:
@@ -255,7 +259,9 @@ def render(config: ModelConfig) -> str:
     return text_format.MessageToString(config)
 
 
-def model_configs(image_shape: tuple[int, ...], classes: int, models: Mapping[str, int]) -> list[ModelConfig]:
+def model_configs(
+    image_shape: tuple[int, ...], classes: int, models: Mapping[str, int], identity: str = ""
+) -> list[ModelConfig]:
     """Return the configs of all six models; the batch dimension is implied by `max_batch_size`.
 
     The ensemble names the version of every model behind it, so that one response never mixes two versions.
@@ -264,6 +270,7 @@ def model_configs(image_shape: tuple[int, ...], classes: int, models: Mapping[st
         image_shape: (height, width, channels).
         classes: how many classes the networks know.
         models: the version of each model that is to be served; no other is loaded.
+        identity: of the version, by which a server tells from which repository it serves.
     """
     image = ("image", TYPE_UINT8, list(image_shape))
     # The number of perturbations is a version's own: -1 keeps it out of the configs, which all versions share.
@@ -283,6 +290,7 @@ def model_configs(image_shape: tuple[int, ...], classes: int, models: Mapping[st
     opinion = [sentinel_entropy, geometric, sentinel_label]
 
     guarded = _config("guarded", [image], public, platform="ensemble")
+    guarded.parameters[IDENTITY_KEY].CopyFrom(ModelParameter(string_value=identity))
     steps = (
         ("strip_perturb", ["image"], ["perturbations"]),
         ("badnet", ["perturbations"], ["sentinel_probabilities"]),

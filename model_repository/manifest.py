@@ -32,9 +32,9 @@ def write_manifest(repository: Path, versions: dict[str, Any], active: str) -> N
 
     Args:
         repository: the model repository, complete but for its manifest.
-        versions: by version number, what each version is: `models`, the version number of each model that it consists
-            of; `previous`, the version that was active when it was written, None for the first; `contract`; and where
-            it came from.
+        versions: by version number, what each version is: `identity`, which no other version of any repository has;
+            `models`, the version number of each model that it consists of; `previous`, the version that was active when
+            it was written, None for the first; `contract`; and where it came from.
         active: the version that the configs in `repository` have Triton serve.
     """
     files = {name: sha256_of(repository / name) for name in sorted(_files(repository))}
@@ -114,6 +114,8 @@ def next_version(versions: Mapping[str, Any]) -> str:
 def _is_version(version: Any, versions: dict[str, Any]) -> bool:
     """Say whether a version's entry has what the rest of Stripwire reads from it."""
     if not (isinstance(version, dict) and isinstance(version.get("models"), dict) and "contract" in version):
+        return False
+    if not isinstance(version.get("identity"), str):
         return False
     models = version["models"]
     known = version.get("previous", "") in (None, *versions)

@@ -74,7 +74,7 @@ def controlling(server: EmbeddedTriton, token: str | None = None) -> Iterator[Mo
 
 def switch_to_active(control: ModelControl, repository: Path) -> bool:
     manifest = verify_repository(repository)
-    return control.switch(manifest["active"], manifest["versions"][manifest["active"]]["models"])
+    return control.switch(manifest["active"], manifest["versions"])
 
 
 class Traffic:
@@ -180,6 +180,28 @@ def test_a_server_on_another_repository_is_left_as_it_was(repository: Path, tmp_
     assert traffic.failures == []
 
 
+def test_a_repository_that_the_server_does_not_serve_is_refused_before_anything_is_touched(
+    repository: Path, tmp_path: Path
+) -> None:
+    network = to_onnx(small_network(SHAPE, CLASSES))
+    graphs = (sentinel_graph(network, Preprocessing()), repaired_graph(network, Preprocessing()))
+    calibration = fixed_threshold(np.array([1.0, 2.0]), ACCEPTS_ALL)
+    stranger = tmp_path / "stranger"
+    write_repository(stranger, ServedModel(*graphs, overlays(7), 0.5, calibration, CLASSES, {}))
+    with EmbeddedTriton(repository) as server, controlling(server) as control:
+        log = server.server_log()
+        activate(repository, "2")  # so that the server could not even go back by its files
+        refused = pytest.raises(ServerError, match="serves version 1 of another repository than this one, expected")
+        with refused:  # at the version number that the server has
+            switch_to_active(control, stranger)
+        write_recalibration(stranger, "1", recalibrated(4, ACCEPTS_ALL))
+        with refused:
+            switch_to_active(control, stranger)
+        assert server.server_log() == log
+        assert control.served()[0] == "1"
+        assert switch_to_active(control, repository)
+
+
 class LosesAnAnswer(GuardedClient):
     """A client that does not get one answer about the ensemble, though what it asked for is done."""
 
@@ -195,7 +217,7 @@ class LosesAnAnswer(GuardedClient):
 
 
 @pytest.mark.parametrize(
-    "answers", [3, 5, 6]
+    "answers", [4, 6, 7]
 )  # to the exchange, to what is served then, to whether the old one is idle
 def test_a_switch_whose_answer_alone_is_lost_has_succeeded(repository: Path, answers: int) -> None:
     with EmbeddedTriton(repository) as server:
