@@ -48,6 +48,11 @@ _CAPTION = "share of images, its 95 % interval, and how many images"
 _PART = "Data for the {} alone, instead of a share of --clean."
 _DEMO_TITLE = f"A BadNet, repaired and guarded as published, and by Stripwire\n{_CAPTION}"
 
+_NEARLY_NOTHING_BITS = 1e-3
+_SURE = (
+    f"the threshold is under {_NEARLY_NOTHING_BITS:g} bits: the network is so sure of whatever it is shown that STRIP "
+    "has little to go by. Is it fed as it was trained (--scale, --mean, --std)? If so, see --detector consensus"
+)
 ALONE = "the repair changed nothing, so the repaired network is not asked: the entropy decides alone"
 
 _STEPS_SHOWN = 12
@@ -231,7 +236,7 @@ def export(
     ] = None,
     attack: Annotated[
         Path | None,
-        typer.Option(exists=True, help="Trojaned images, if at hand, to measure on; they decide nothing."),
+        typer.Option(exists=True, help="Trojaned images, labelled with the attacker's class, to measure on alone."),
     ] = None,
     stop_on_attack: Annotated[
         bool,
@@ -327,6 +332,8 @@ def export(
         result = run_export(model, data, output, options, on_progress=report)
     tell(result.notes)
     warn(result.calibration.note or None)
+    if result.calibration.detector == "strip" and result.calibration.threshold_bits < _NEARLY_NOTHING_BITS:
+        warn(_SURE)
     if detector == "consensus" and not result.calibration.asks_repaired:
         warn(ALONE)
     if repair != "none" and not result.repair.changed:
@@ -471,6 +478,8 @@ def calibrate(
         served = switch(control, repository, back_to=result.base)
     tell(result.notes)
     warn(result.calibration.note or None)
+    if result.calibration.detector == "strip" and result.calibration.threshold_bits < _NEARLY_NOTHING_BITS:
+        warn(_SURE)
     if detector == "consensus" and not result.calibration.asks_repaired:
         warn(ALONE)
     if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -174,7 +174,10 @@ def export(
         **parts,
     )
     deciding, attack = _halves(attack, options.seed) if options.repair.stop_on_attack else (attack, attack)
-    check_accuracy(model, split.validation if clean is None else clean, preprocessing, options.seed)
+    try:
+        check_accuracy(model, split.validation if clean is None else clean, preprocessing, options.seed)
+    except DataError as error:
+        raise DataError("\n".join([str(error), *reader.notes])) from error
     parity_images = np.concatenate([split.overlays.images, split.validation.images])[:_PARITY_IMAGES]
     parity = {"badnet": check_parity(model, badnet, parity_images, preprocessing, "original network")}
     session = open_graph(badnet.SerializeToString())
@@ -259,13 +262,13 @@ def check_accuracy(model: keras.Model, clean: Samples, preprocessing: Preprocess
     """Check on clean samples that the network is fed as it was trained.
 
     Raises:
-        DataError: with this preprocessing the network is not better than chance, or clearly worse than with a plain
+        DataError: with this preprocessing the network is not better than chance, or clearly worse than at another
             scale; the message has the accuracy with each.
     """
     chosen = np.random.default_rng(seed).permutation(len(clean))[:_SCALE_IMAGES]
     sample = clean.take(chosen)
-    plain = [Preprocessing(scale) for scale in SCALES]
-    candidates = [preprocessing, *(other for other in plain if other != preprocessing)]
+    others = [Preprocessing(scale) for scale in SCALES] + [replace(preprocessing, scale=scale) for scale in SCALES]
+    candidates = dict.fromkeys([preprocessing, *others])
     accuracies = {str(candidate): score(model, sample, candidate) for candidate in candidates}
     chance = 1.0 / model.output_shape[-1]
     table = ", ".join(f"{name}: {result}" for name, result in accuracies.items())
@@ -273,12 +276,13 @@ def check_accuracy(model: keras.Model, clean: Samples, preprocessing: Preprocess
     if accuracies[best].low <= chance:
         raise DataError(
             f"clean data: the network's accuracy on it is near chance ({chance:.2%}) at every pixel scale ({table}); "
-            "expected images and labels of the task that the network was trained for"
+            "expected images and labels of the task that the network was trained for, and --mean and --std if it was "
+            "trained with them"
         )
     if accuracies[str(preprocessing)].high < accuracies[best].low:
         raise DataError(
             f"scale: got {preprocessing}, at which the network's accuracy on clean data is much lower than at {best} "
-            f"({table}); use --scale {best} alone"
+            f"({table}); give --mean and --std if it was trained with them, and otherwise --scale as there"
         )
 
 

@@ -234,6 +234,14 @@ def test_what_makes_a_result_doubtful_is_said_loudly(
     assert "[r]" in shown  # a name that looks like markup
 
 
+def test_a_threshold_that_is_next_to_nothing_is_doubted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], badnet: Path, tmp_path: Path
+) -> None:
+    files = (badnet / "bd_net.keras", "--clean", badnet / "clean_validation_data.h5", "--output", tmp_path / "out")
+    assert run(monkeypatch, "export", *files, "--repair=none", "--threshold-bits=0.0001") == 0
+    assert "warning: the threshold is under 0.001 bits" in " ".join(capsys.readouterr().err.split())
+
+
 def test_repair_data_is_refused_where_nothing_is_repaired(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], badnet: Path, tmp_path: Path
 ) -> None:

@@ -69,9 +69,19 @@ def test_a_second_export_adds_a_version(badnet: Path, tmp_path: Path) -> None:
 def test_the_wrong_scale_is_named_with_the_accuracy_at_each(badnet: Path) -> None:
     model = keras.Sequential([keras.layers.Rescaling(1 / 255), load_model(badnet / "bd_net.keras")])
     clean = read_hdf5(badnet / "clean_validation_data.h5").take(np.arange(0, 480, 4))
-    with pytest.raises(DataError, match=r"scale: got unit.*unit: \d+\.\d %.*raw: \d+\.\d %.*use --scale raw"):
+    with pytest.raises(DataError, match=r"scale: got unit.*unit: \d+\.\d %.*raw: \d+\.\d %.*give --mean and --std if"):
         check_accuracy(model, clean, Preprocessing("unit"), seed=0)
     check_accuracy(model, clean, Preprocessing("raw"), seed=0)
+
+
+def test_a_mean_at_the_wrong_scale_is_named(badnet: Path) -> None:
+    model = load_model(badnet / "bd_net.keras")
+    clean = read_hdf5(badnet / "clean_validation_data.h5").take(np.arange(0, 480, 4))
+    # Only unit with this mean and deviation is what it learned; more than 1 it cannot see.
+    back = (keras.layers.Rescaling(0.25, 0.5), keras.layers.ReLU(max_value=1.0))
+    shifted = keras.Sequential([keras.Input((55, 47, 3)), *back, model])
+    with pytest.raises(DataError, match=r"scale: got raw.*much lower than at unit, mean 0\.5, std 0\.25"):
+        check_accuracy(shifted, clean, Preprocessing("raw", (0.5,), (0.25,)), seed=0)
 
 
 def test_data_of_another_task_is_named(badnet: Path) -> None:
