@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detector.serving import entropy_stage, perturb_stage
+from detector.consensus import LEAST_BITS
+from detector.serving import SENTINEL_OUTPUTS, entropy_stage, perturb_stage
 from tests.detector import reference
-from tests.detector.test_serving import arguments
+from tests.detector.test_serving import arguments, write_detector
 from tests.detector.triton import InferenceRequest, InferenceResponse, PbUtils
 
 pytestmark = pytest.mark.gpu
@@ -56,11 +57,14 @@ def host(response: InferenceResponse) -> dict[str, Any]:
     return {tensor.name(): tensor.array.get() for tensor in tensors}
 
 
-def test_the_image_sized_stages_stay_on_the_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threshold_nll", [None, 2.0], ids=["strip", "consensus"])
+def test_the_image_sized_stages_stay_on_the_gpu(tmp_path: Path, threshold_nll: float | None) -> None:
+    plain = threshold_nll is not None  # whether the image as it came is before its perturbations
     generator = np.random.default_rng(0)
     overlays = generator.integers(0, 256, (3, 4, 5, 2), dtype=np.uint8)
     (tmp_path / "1").mkdir()
     np.savez(tmp_path / "1" / "overlays.npz", overlays=overlays, alpha=0.6)
+    write_detector(tmp_path, threshold_nll)
     pb_utils = PbUtils(Tensor=GpuTensor)
     given = arguments(tmp_path, kind="GPU")
 
@@ -68,9 +72,13 @@ def test_the_image_sized_stages_stay_on_the_gpu(tmp_path: Path) -> None:
     first, second = perturb_stage(given, pb_utils).execute([on_gpu(["perturbations"], image=images)] * 2)
     expected = [[reference.blend(image, overlay, 0.6) for overlay in overlays] for image in images]
     for answer in (first, second):
-        np.testing.assert_allclose(host(answer)["perturbations"], expected, atol=1e-4)
+        np.testing.assert_allclose(host(answer)["perturbations"][:, int(plain) :], expected, atol=1e-4)
 
-    certain_and_undecided = np.array([[[1.0, 0.0], [1.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]]], np.float32)
-    request = on_gpu(["sentinel_entropy"], sentinel_probabilities=certain_and_undecided)
-    (answer,) = entropy_stage(given, pb_utils).execute([request])
-    np.testing.assert_allclose(host(answer)["sentinel_entropy"], [[0.0], [1.0]])
+    certain, undecided = [[1.0, 0.0], [1.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]]
+    first_row = [[0.0, 1.0]] if plain else []
+    rows = np.array([[*first_row, *certain], [*first_row, *undecided]], np.float32)
+    (answer,) = entropy_stage(given, pb_utils).execute([on_gpu(list(SENTINEL_OUTPUTS), sentinel_probabilities=rows)])
+    found = host(answer)
+    np.testing.assert_allclose(found["sentinel_entropy"], [[0.0], [1.0]])
+    np.testing.assert_allclose(found["sentinel_geometric_entropy"], [[LEAST_BITS], [1.0]], rtol=1e-6)
+    assert found["sentinel_label"].tolist() == [[1], [1]] if plain else [[-1], [-1]]
