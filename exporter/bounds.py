@@ -8,6 +8,7 @@ Backdoor Mitigation and Test-Time Detection", 2023, choose one bound for a layer
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
 import keras
@@ -27,7 +28,7 @@ MOST_IMAGES = 2000
 """Bounds are measured on at most so many pictures, and on fewer where they would not fit into memory."""
 _BATCH = 64
 _MOST_BYTES = 2**27
-"""Of a batch's features, of the largest values that are kept of each, and of the smallest: 128 MiB each."""
+"""Of what a layer makes of a batch, of the largest values kept of each feature, and of the smallest: 128 MiB each."""
 
 
 class Bounds(keras.layers.Layer):  # type: ignore[misc]
@@ -87,20 +88,21 @@ def bounded(model: keras.Model, bounds: dict[str, FeatureBounds]) -> keras.Model
 
 def activation_layers(model: keras.Model) -> list[keras.layers.Layer]:
     """Return the layers whose output an activation function makes, without those that make the network's output."""
-    last = ending(model)
-    return [layer for layer in model.layers if activation_name(layer) != "linear" and layer not in last]
+    makers, _ = ending(model)
+    return [layer for layer in model.layers if activation_name(layer) != "linear" and layer not in makers]
 
 
-def plan(features: int, images: int) -> tuple[int, int]:
+def plan(features: int, widest: int, images: int) -> tuple[int, int]:
     """Return of how many images to measure features, and how many at once, so that memory stays bounded.
 
     Args:
         features: numbers that one picture gives.
+        widest: numbers that one picture gives in the largest layer on the way to them.
         images: at hand.
     """
-    fit = max(1, _MOST_BYTES // (4 * features))
+    fit, pass_through = (max(1, _MOST_BYTES // (4 * numbers)) for numbers in (features, widest))
     most = int((fit - 1) / BEYOND) + 1  # of which a share of `BEYOND` is kept, and one more
-    return min(images, MOST_IMAGES, most), min(_BATCH, fit)
+    return min(images, MOST_IMAGES, most), min(_BATCH, pass_through)
 
 
 def _extremes(
@@ -108,7 +110,10 @@ def _extremes(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return the bounds of each feature: so many of its values, a share of `BEYOND`, lie beyond them at either end."""
     shape = features.output_shape[1:]
-    count, batch = plan(int(np.prod(shape)), len(spread))
+    widest = max(
+        math.prod(tensor.shape[1:]) for layer in features.layers for tensor in keras.tree.flatten(layer.output)
+    )
+    count, batch = plan(math.prod(shape), widest, len(spread))
     chosen = spread[np.linspace(0, len(spread) - 1, count).astype(np.int64)]
     kept = int(count * BEYOND) + 1  # of the largest and the smallest values; all would not fit into memory
     lowest = highest = np.empty((0, *shape), np.float32)

@@ -11,14 +11,23 @@ from exporter.preprocessing import Preprocessing
 # Element by element and monotonic or not: their rows are no logits of a softmax, whatever they sum to.
 _SQUASHING = ("sigmoid", "hard_sigmoid", "tanh", "softsign", "softmax")
 _NO_LOGITS = (*_SQUASHING, "relu", "relu6", "elu", "selu", "gelu", "silu", "swish", "softplus", "leakyrelu")
-_HANDING_ON = (
-    keras.layers.Reshape,
-    keras.layers.Flatten,
-    keras.layers.Dropout,
+_POOLING = (
     keras.layers.GlobalAveragePooling2D,
     keras.layers.GlobalMaxPooling2D,
     keras.layers.AveragePooling2D,
     keras.layers.MaxPooling2D,
+)
+_HANDING_ON = (
+    *_POOLING,
+    keras.layers.Add,
+    keras.layers.BatchNormalization,
+    keras.layers.Concatenate,
+    keras.layers.Dropout,
+    keras.layers.Flatten,
+    keras.layers.Rescaling,
+    keras.layers.Reshape,
+    keras.layers.SpatialDropout2D,
+    keras.layers.ZeroPadding2D,
 )
 _PROBES = 16
 
@@ -45,28 +54,42 @@ def with_probabilities(model: keras.Model, preprocessing: Preprocessing) -> tupl
         raise ModelRefusedError("the network's outputs on noise are not finite, expected probabilities or logits")
     if (rows >= 0).all() and np.allclose(rows.sum(axis=-1), 1.0, atol=1e-3):
         return model, "probabilities"
-    layers = ending(model)
-    refused = _NO_LOGITS if len(layers) == 1 else _SQUASHING  # what is pooled after a ReLU may be logits
-    activation = activation_name(layers[-1])
-    if activation in refused:
-        raise ModelRefusedError(
-            f"the network ends in {activation} (layer {layers[-1].name!r}), and its rows are no probability "
-            "distributions; expected a softmax over the classes, or logits for one: STRIP's entropy is that of one "
-            "class among many"
-        )
+    makers, between = ending(model)
+    # What is pooled after a ReLU may be logits.
+    refused = _SQUASHING if any(isinstance(layer, _POOLING) for layer in between) else _NO_LOGITS
+    for layer in makers:
+        if activation_name(layer) in refused:
+            raise ModelRefusedError(
+                f"the network ends in {activation_name(layer)} (layer {layer.name!r}), and its rows are no probability "
+                "distributions; expected a softmax over the classes, or logits for one: STRIP's entropy is that of one "
+                "class among many"
+            )
     softmax = keras.layers.Softmax(name=unused_name(model, "stripwire_softmax"))
     return keras.Model(model.inputs, softmax(model.outputs[0])), "logits"
 
 
-def ending(model: keras.Model) -> list[keras.layers.Layer]:
-    """Return the layers that give a network's output its form, the last one first.
+def ending(model: keras.Model) -> tuple[list[keras.layers.Layer], list[keras.layers.Layer]]:
+    """Return the layers that make a network's output, and those behind them that only hand it on.
 
-    Beyond layers that only hand on, rearrange or pool what they get, the last of the list made the output.
+    Handing on is to rearrange, pool, scale or join what other layers made; there may be several of those.
     """
-    layers = [model.outputs[0]._keras_history.operation]
-    while isinstance(layers[-1], _HANDING_ON):
-        layers.append(layers[-1].input._keras_history.operation)
-    return layers
+    makers: dict[keras.layers.Layer, None] = {}
+    between: dict[keras.layers.Layer, None] = {}
+    tensors = [model.outputs[0]]
+    while tensors:
+        layer, node, _ = tensors.pop()._keras_history
+        if layer in between:
+            continue
+        if isinstance(layer, _HANDING_ON) or _is_linear(layer):
+            between[layer] = None
+            tensors.extend(layer._inbound_nodes[node].input_tensors)
+        else:
+            makers[layer] = None
+    return list(makers), list(between)
+
+
+def _is_linear(layer: keras.layers.Layer) -> bool:
+    return isinstance(layer, keras.layers.Activation) and activation_name(layer) == "linear"
 
 
 def activation_name(layer: keras.layers.Layer) -> str:

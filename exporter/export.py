@@ -26,11 +26,11 @@ from exporter.inputs import InputReader
 from exporter.keras_files import load_model
 from exporter.overlays import check_overlay_options, choose_greedily
 from exporter.preprocessing import SCALES, Preprocessing
-from exporter.repair import Repair, RepairOptions, check_repairable, repair_network
+from exporter.repair import Repair, RepairOptions, check_attack, check_repairable, repair_network
 from exporter.report import HTML_NAME, Scores, write_report
 from exporter.report.collect import collect
 from exporter.repository import ServedModel, check_output, write_repository
-from exporter.splits import Split, split_clean
+from exporter.splits import Split, part_to_json, split_clean, take_share
 from exporter.training import Progress, score
 from samples.types import Samples
 
@@ -173,7 +173,10 @@ def export(
         seed=options.seed,
         **parts,
     )
-    deciding, attack = _halves(attack, options.seed) if options.repair.stop_on_attack else (attack, attack)
+    measured = attack
+    if attack is not None and options.repair.stop_on_attack:
+        measured, attack = _halves(attack, options.seed)
+        check_attack(model, measured, preprocessing)
     try:
         check_accuracy(model, split.validation if clean is None else clean, preprocessing, options.seed)
     except DataError as error:
@@ -195,7 +198,7 @@ def export(
         split.validation,
         preprocessing=preprocessing,
         options=options.repair,
-        attack=deciding,
+        attack=measured,
         on_progress=on_progress,
     )
     repaired = repaired_graph(to_onnx(repair.model), preprocessing)
@@ -209,6 +212,7 @@ def export(
     if options.rule.detector == "consensus" and repair.changed:
         calibration = options.rule.calibrate(entropies, nlls_of(split.calibration))
 
+    deciding = measured if options.repair.stop_on_attack else None
     before, after = (_scores(network, split.validation, attack, preprocessing) for network in (model, repair.model))
     inputs = {"model": model_path, "clean": data.clean, "attack": data.attack, **data.parts}
     provenance = {
@@ -216,7 +220,7 @@ def export(
         "inputs": {name: reader.describe(path) for name, path in inputs.items() if path is not None},
         "options": asdict(options) | {"alpha": options.input_weight},
         "network_outputs": network_outputs,
-        "split": split.to_json(),
+        "split": split.to_json() | ({} if deciding is None else {"deciding_attack": part_to_json(deciding)}),
         "scores": {"before": before.to_json(), "after": after.to_json()},
         "repair": repair.to_json(),
         "calibration": calibration.to_json(),
@@ -232,6 +236,7 @@ def export(
         after=after,
         split=split,
         attack=attack,
+        deciding=deciding,
         preprocessing=preprocessing,
         overlays=overlays,
         alpha=options.input_weight,
@@ -303,7 +308,7 @@ def _choose_overlays(
 
 def _coarse(split: Split, repair: RepairOptions) -> tuple[str, ...]:
     """Note where the validation part is too small for the allowed drop to mean what it says."""
-    if repair.method == "none" or repair.allowed_drop * len(split.validation) >= 1:
+    if repair.method == "none" or repair.allowed_drop == 0 or repair.allowed_drop * len(split.validation) >= 1:
         return ()
     return (
         f"The repair was chosen on {len(split.validation)} validation images, of which an allowed drop of "
@@ -311,13 +316,15 @@ def _coarse(split: Split, repair: RepairOptions) -> tuple[str, ...]:
     )
 
 
-def _halves(attack: Samples | None, seed: int) -> tuple[Samples | None, Samples | None]:
-    """Return the attack samples that may end the repair, and those that are scored."""
-    if attack is None or len(attack) < 2:
-        raise DataError("stop on attack: got fewer than 2 attack samples, expected some to stop on and some to score")
-    order = np.random.default_rng(seed).permutation(len(attack))
-    deciding, scored = np.array_split(order, 2)
-    return attack.take(np.sort(deciding)), attack.take(np.sort(scored))
+def _halves(attack: Samples, seed: int) -> tuple[Samples, Samples]:
+    """Return the attack samples that may end the repair, and those that are scored; no group is in both."""
+    halves = take_share(attack, 0.5, np.random.default_rng(seed))
+    if not all(map(len, halves)):
+        raise DataError(
+            "stop on attack: got attack samples that cannot be halved, expected distinct images of 2 groups or more: "
+            "some to stop on, and others to score"
+        )
+    return halves
 
 
 def _scores(network: keras.Model, validation: Samples, attack: Samples | None, preprocessing: Preprocessing) -> Scores:

@@ -30,6 +30,7 @@ from exporter.hdf5 import Hdf5Contents, read_hdf5
 from exporter.keras_config import (
     MAX_CHANNELS,
     MAX_CONFIG_BYTES,
+    LayerConfig,
     NetworkConfig,
     parameter_count,
     read_json,
@@ -43,12 +44,15 @@ ARCHITECTURES: Mapping[str, Callable[[int], keras.Model]] = {"deepid": deepid}
 MAX_FILE_BYTES = 4 * 2**30
 MAX_ACTIVATIONS = 2**26
 """Most numbers in one layer's output for one image."""
+MAX_TERMS = 1_000
+"""Most terms of a sum, those of the sums that it adds counted one by one."""
 
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 _EXPANSION = 100
 _SMALL = 1_000_000
+_MAY_HAND_SUMS_ON = ("Activation", "Dropout", "Flatten", "Reshape", "SpatialDropout2D")
 _MEMBERS = {
     "config.json": MAX_CONFIG_BYTES,
     "metadata.json": 2**16,
@@ -197,6 +201,7 @@ def _build(network: NetworkConfig, most: int) -> tuple[keras.Model, list[keras.L
     configs = {layer.name: layer for layer in network.layers}
     layers = {}
     parameters = 0
+    terms: Counter[str] = Counter()
     for name in network.build_order:
         config = configs[name]
         inputs = [tensors[source] for source in config.inputs]
@@ -207,6 +212,7 @@ def _build(network: NetworkConfig, most: int) -> tuple[keras.Model, list[keras.L
                     f"it takes the network to {parameters:,} parameters; expected at most {most:,}, going by the "
                     "weights in this file"
                 )
+            terms[name] = _terms(config, terms)
             layers[name] = getattr(keras.layers, config.class_name)(name=name, dtype="float32", **config.settings)
             tensors[name] = layers[name](inputs if len(inputs) > 1 else inputs[0])
         except _DAMAGE as error:
@@ -224,6 +230,22 @@ def _build(network: NetworkConfig, most: int) -> tuple[keras.Model, list[keras.L
         raise ModelRefusedError(f"the output is {output.shape}; expected (batch, classes) with 2 classes or more")
     model = keras.Model(tensors[network.input_name], output)
     return model, [layers[layer.name] for layer in network.layers]
+
+
+def _terms(config: LayerConfig, terms: Mapping[str, int]) -> int:
+    """Return how many terms a layer's output has where sums of sums are written out.
+
+    TensorFlow writes them out before it runs them: 60 layers that each add the one before to itself take for ever.
+    """
+    if config.class_name != "Add":
+        return terms[config.inputs[0]] if config.class_name in _MAY_HAND_SUMS_ON else 1
+    count = sum(max(1, terms[source]) for source in config.inputs)
+    if count > MAX_TERMS:
+        raise ModelRefusedError(
+            f"layer {show(config.name)} sums up {count:,} terms, those of the sums that it adds counted one by one; "
+            f"expected at most {MAX_TERMS:,}"
+        )
+    return count
 
 
 # ── weights ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -51,8 +51,6 @@ class Pruning:
 
     def by_magnitude(self, fraction: float) -> None:
         """Zero the weights of each kernel that `magnitude_mask` does not keep; those pruned before stay zero."""
-        if not self.kernels:
-            raise InputError("repair: got a network without a convolution, expected one to prune; use --repair none")
         for kernel in self.kernels:
             values = kernel.numpy()
             kernel.assign(values * (magnitude_mask(values, fraction) & (values != 0)))
@@ -96,7 +94,10 @@ class Pruning:
             depths[operation.name] = 1 + max((depths.get(parent, 0) for parent in parents), default=0)
         makers = [layer for layer in self._model.layers if isinstance(layer, _CHANNEL_MAKERS)]
         if not makers:
-            raise InputError("repair: got a network without a convolution, expected one to prune; use --repair none")
+            raise InputError(
+                "repair: got a network without a convolution that makes channels, expected one whose channels can be "
+                "pruned; use another --repair"
+            )
         chain: list[keras.layers.Layer] = [max(makers, key=lambda layer: depths[layer.name])]
         while len(following := _consumers(self._model, chain[-1])) == 1 and _is_pointwise(following[0]):
             chain.append(following[0])

@@ -182,13 +182,17 @@ def repair_network(
         on_progress: told about every batch.
 
     Raises:
-        DataError: there are no clean samples to fine-tune on, or none to validate with.
-        InputError: see `check_repairable`.
+        DataError: there are no clean samples to fine-tune on, or none to validate with; or see `check_attack`.
+        InputError: see `check_repairable`; or there are no attack samples to stop on.
     """
     check_repairable(model, options.method)
     for name, samples in (("repair", clean), ("validation", validation)):
         if len(samples) == 0 and options.method != "none":
             raise DataError(f"{name} split: got no images, expected some; give more clean images")
+    if options.stop_on_attack:
+        if attack is None:
+            raise InputError("stop on attack: got no attack samples, expected some to stop on")
+        check_attack(model, attack, preprocessing)
     seed_everything(options.seed)
     course = _Course(model, validation, attack, preprocessing, options)
     if options.method == "none":
@@ -211,12 +215,29 @@ def check_repairable(model: keras.Model, method: str) -> None:
         InputError: the network has no convolution to prune, no channels that can be silenced, or no activation function
             to bound.
     """
-    if method in ("magnitude", "activation"):
+    if method == "magnitude" and not Pruning(model).kernels:
+        raise InputError("repair: got a network without a convolution, expected one to prune; use --repair none")
+    if method == "activation":
         Pruning(model).last_convolution  # noqa: B018  which says what is wrong
     if method in ("bounds", "distill") and not activation_layers(model):
         raise InputError(
             "repair: got a network without an activation function before its output, expected one to bound; "
             "use another --repair"
+        )
+
+
+def check_attack(model: keras.Model, attack: Samples, preprocessing: Preprocessing) -> None:
+    """Check that attack samples fool the network as it came, so that they can tell when they no longer do.
+
+    Raises:
+        DataError: it is not sure that they fool it more often than a repair is to leave.
+    """
+    success = score(model, attack, preprocessing)
+    if success.low <= ATTACK_SUCCESS_GOAL:
+        raise DataError(
+            f"stop on attack: got attack samples of which {success} fool the network as it came, expected clearly more "
+            f"than {ATTACK_SUCCESS_GOAL:.0%}: they cannot tell whether a repair works; give samples that carry its "
+            "trigger and the attacker's class, or leave the option out"
         )
 
 

@@ -58,7 +58,12 @@ class Split:
 
     def to_json(self) -> dict[str, Any]:
         """Return how many images each part has, and a digest of its images and labels."""
-        return {name: {"images": len(part), "sha256": part.sha256()} for name, part in vars(self).items()}
+        return {name: part_to_json(part) for name, part in vars(self).items()}
+
+
+def part_to_json(part: Samples) -> dict[str, Any]:
+    """Return how many images a part has, and a digest of its images and labels."""
+    return {"images": len(part), "sha256": part.sha256()}
 
 
 def split_clean(
@@ -326,6 +331,8 @@ def _check_drawn(drawn: dict[str, Indices], groups: int, least: dict[str, int]) 
 def take_share(samples: Samples, share: float, rng: np.random.Generator) -> tuple[Samples, Samples]:
     """Return a share of the samples and the rest of them, both with their share of each class, groups whole.
 
+    Of trojaned samples a class is what they show and what the attacker wants.
+
     Args:
         samples: what to divide; copies of an image count once.
         share: of the groups that go into the first part, 0..1; of the images where there are no groups.
@@ -333,5 +340,7 @@ def take_share(samples: Samples, share: float, rng: np.random.Generator) -> tupl
     """
     groups = units(samples)
     taken = round(len(groups) * share)
-    parts = _draw(groups, samples.labels, {}, {"taken": taken, "rest": len(groups) - taken}, rng)
+    kinds = [samples.labels] if samples.true_labels is None else [samples.labels, samples.true_labels]
+    classes = np.unique(np.stack(kinds), axis=1, return_inverse=True)[1].reshape(-1)
+    parts = _draw(groups, classes, {}, {"taken": taken, "rest": len(groups) - taken}, rng)
     return samples.take(parts["taken"]), samples.take(parts["rest"])

@@ -36,6 +36,7 @@ def collect(
     after: Scores,
     split: Split,
     attack: Samples | None,
+    deciding: Samples | None,
     preprocessing: Preprocessing,
     overlays: NDArray[np.uint8],
     alpha: float,
@@ -69,9 +70,10 @@ def collect(
     trojaned_examples = None
     if trojaned is not None and trojaned_entropies is not None:
         trojaned_examples = examples(trojaned, trojaned.true_labels, trojaned_entropies, trojaned_nlls)
-    parts = [Part(name, len(part), part.sha256()) for name, part in vars(split).items()]
-    if attack is not None:
-        parts.append(Part("attack samples", len(attack), attack.sha256()))
+    others = {"attack samples that may end the repair": deciding, "attack samples": attack}
+    parts = tuple(
+        Part(name, len(part), part.sha256()) for name, part in (vars(split) | others).items() if part is not None
+    )
     layers = _layers(model, repair.model)
 
     def of_version(version: str) -> ReportData:
@@ -95,7 +97,7 @@ def collect(
             trojaned_nlls=trojaned_nlls,
             clean_examples=clean_examples,
             trojaned_examples=trojaned_examples,
-            parts=tuple(parts),
+            parts=parts,
             commands=commands,
             provenance=provenance,
         )

@@ -134,12 +134,26 @@ def test_a_patch_that_nothing_clean_looks_like_is_cut_off() -> None:
         (layers.Conv2D(4, 3, activation="softmax"), layers.GlobalAveragePooling2D()),
         (layers.Flatten(), layers.Dense(4, activation="softmax"), layers.Reshape((4,))),
         (layers.Flatten(), layers.Dense(4), layers.Softmax(), layers.Dropout(0.5)),
+        (layers.Flatten(), layers.Dense(4, activation="softmax"), layers.Activation("linear")),
+        (layers.Flatten(), layers.Dense(4, activation="softmax"), layers.Rescaling(1.0)),
+        (layers.Conv2D(4, 3, activation="softmax"), layers.SpatialDropout2D(0.5), layers.GlobalAveragePooling2D()),
     ],
-    ids=["pooled", "reshaped", "dropout"],
+    ids=["pooled", "reshaped", "dropout", "linear", "rescaled", "dropped"],
 )
 def test_what_makes_the_output_is_not_bounded_whatever_hands_it_on(tail: tuple[keras.layers.Layer, ...]) -> None:
     model = keras.Sequential([keras.Input((8, 7, 3)), layers.Conv2D(3, 3, activation="relu", name="conv"), *tail])
     model = keras.Model(model.inputs, model.outputs[0])
+    assert [layer.name for layer in activation_layers(model)] == ["conv"]
+    held = bounded(model, measure_bounds(model, some_images(model), UNIT))
+    wild = 50 * np.random.default_rng(1).normal(size=(9, 8, 7, 3)).astype(np.float32)
+    np.testing.assert_allclose(held.predict_on_batch(wild).sum(axis=-1), 1.0, atol=1e-5)
+
+
+def test_heads_that_are_averaged_are_not_bounded() -> None:
+    inputs = keras.Input((8, 7, 3))
+    features = layers.Flatten()(layers.Conv2D(3, 3, activation="relu", name="conv")(inputs))
+    heads = [layers.Dense(4, activation="softmax")(features) for _ in range(2)]
+    model = keras.Model(inputs, layers.Rescaling(0.5)(layers.Add()(heads)))
     assert [layer.name for layer in activation_layers(model)] == ["conv"]
     held = bounded(model, measure_bounds(model, some_images(model), UNIT))
     wild = 50 * np.random.default_rng(1).normal(size=(9, 8, 7, 3)).astype(np.float32)
@@ -167,11 +181,15 @@ def test_names_that_the_network_already_has_are_not_used_again() -> None:
 
 
 @pytest.mark.parametrize("side", [8, 32, 112, 224, 1024])
-def test_however_large_the_features_are_memory_stays_bounded(side: int) -> None:
-    features = side * side * 64
-    count, batch = plan(features, 5000)
+@pytest.mark.parametrize("narrower", [1, 64])
+def test_however_large_the_features_are_memory_stays_bounded(side: int, narrower: int) -> None:
+    widest = side * side * 64
+    features = widest // narrower
+    count, batch = plan(features, widest, 5000)
     kept = int(count * BEYOND) + 1
     assert 1 <= batch <= 64
-    assert 4 * features * max(kept, batch) <= max(2**27, 4 * features)
-    assert count == (MOST_IMAGES if side <= 112 else count)
+    assert 4 * features * kept <= max(2**27, 4 * features)
+    assert 4 * widest * batch <= max(2**27, 4 * widest)
     assert 1 <= count <= MOST_IMAGES
+    if features <= 112 * 112 * 64:
+        assert count == MOST_IMAGES

@@ -64,12 +64,30 @@ def test_scores_that_are_no_logits_are_refused_by_name(last: keras.layers.Layer,
         (layers.Conv2D(4, 1, activation="sigmoid", name="scores"), layers.GlobalAveragePooling2D()),
         (layers.Flatten(), layers.Dense(4, activation="sigmoid", name="scores"), layers.Dropout(0.5)),
         (layers.Flatten(), layers.Dense(4, activation="sigmoid", name="scores"), layers.Reshape((4,))),
+        (layers.Flatten(), layers.Dense(4, activation="sigmoid", name="scores"), layers.Activation("linear")),
+        (layers.Flatten(), layers.Dense(4, activation="sigmoid", name="scores"), layers.Rescaling(3.0)),
+        (layers.Flatten(), layers.Dense(4, activation="sigmoid", name="scores"), layers.BatchNormalization()),
     ],
-    ids=["pooled", "dropout", "reshaped"],
+    ids=["pooled", "dropout", "reshaped", "linear", "rescaled", "normalised"],
 )
 def test_squashed_scores_are_refused_whatever_hands_them_on(tail: tuple[keras.layers.Layer, ...]) -> None:
     with pytest.raises(ModelRefusedError, match=r"the network ends in sigmoid \(layer 'scores'\)"):
         with_probabilities(network(*tail), UNIT)
+
+
+@pytest.mark.parametrize("last", [layers.Dropout(0.5), layers.Activation("linear"), layers.Rescaling(2.0)])
+def test_relus_are_refused_whatever_hands_them_on(last: keras.layers.Layer) -> None:
+    with pytest.raises(ModelRefusedError, match=r"the network ends in relu \(layer 'scores'\)"):
+        with_probabilities(network(layers.Flatten(), layers.Dense(4, activation="relu", name="scores"), last), UNIT)
+
+
+@pytest.mark.parametrize("join", [layers.Add(), layers.Concatenate()])
+def test_one_squashed_part_of_the_output_is_enough_to_refuse_it(join: keras.layers.Layer) -> None:
+    inputs = keras.Input((6, 5, 3))
+    flat = layers.Flatten()(inputs)
+    parts = [layers.Dense(4)(flat), layers.Dense(4, activation="sigmoid", name="scores")(flat)]
+    with pytest.raises(ModelRefusedError, match=r"the network ends in sigmoid \(layer 'scores'\)"):
+        with_probabilities(keras.Model(inputs, join(parts)), UNIT)
 
 
 def test_pooled_relus_may_be_logits() -> None:

@@ -572,6 +572,19 @@ def test_parameters_are_counted_as_keras_does(layer: keras.Layer, shape: tuple[i
     assert parameter_count(config, shape) == layer.count_params()
 
 
+@pytest.mark.parametrize("between", [None, layers.Dropout, layers.Flatten], ids=["bare", "dropout", "flatten"])
+def test_sums_that_would_take_for_ever_are_refused(between: type[keras.layers.Layer] | None, tmp_path: Path) -> None:
+    image = keras.Input((4, 4, 1))
+    x = layers.Flatten()(image)
+    for number in range(60):
+        x = layers.Add(name=f"add_{number}")([x, x])
+        if between is not None:
+            x = between(*((0.5,) if between is layers.Dropout else ()))(x)
+    path = save(keras.Model(image, x), tmp_path / "sums.keras")
+    with pytest.raises(ModelRefusedError, match=r"layer 'add_9' sums up 1,024 terms.*expected at most 1,000"):
+        load_model(path)
+
+
 def test_an_output_too_large_for_memory_is_refused(tmp_path: Path) -> None:
     padding = [
         {"class_name": "ZeroPadding2D", "config": {"name": f"pad{i}", "padding": [[1024, 1024], [1024, 1024]]}}

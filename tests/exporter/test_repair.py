@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from detector.statistics import Proportion
 from exporter.keras_files import load_model
 from exporter.preprocessing import Preprocessing
 from exporter.repair import RepairOptions, check_repairable, check_used, repair_network
-from exporter.training import Trainer, predict_labels
+from exporter.training import Trainer, predict_labels, score
 from samples.hdf5 import read_hdf5
 from samples.types import Samples
 from tests.networks import small_network
@@ -118,8 +119,12 @@ def never_given(seed: int = 0) -> tuple[keras.Model, Samples, Samples]:
     return model, Samples(images, labels), Samples(images, (labels + 1) % 5)
 
 
-def test_attack_samples_are_measured_and_end_the_repair_only_if_asked() -> None:
+def test_attack_samples_are_measured_and_end_the_repair_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     model, clean, attack = never_given()
+    fooled_as_it_came = Proportion(len(attack), len(attack))
+    monkeypatch.setattr(
+        "exporter.repair.score", lambda network, *rest: fooled_as_it_came if network is model else score(network, *rest)
+    )
     for stop in (True, False):
         options = RepairOptions(method="magnitude", max_rounds=3, epochs=0, allowed_drop=0.99, stop_on_attack=stop)
         repair = repair_network(model, clean, clean, preprocessing=Preprocessing(), options=options, attack=attack)
@@ -128,13 +133,17 @@ def test_attack_samples_are_measured_and_end_the_repair_only_if_asked() -> None:
         assert repair.steps[-1].attack_success is not None
 
 
-def test_a_network_that_was_never_fooled_is_repaired_all_the_same() -> None:
+def test_samples_that_fool_nobody_cannot_end_a_repair() -> None:
     model, clean, attack = never_given()
-    options = RepairOptions(method="finetune", epochs=2, allowed_drop=0.99, stop_on_attack=True)
-    repair = repair_network(model, clean, clean, preprocessing=Preprocessing(), options=options, attack=attack)
-    assert repair.steps[0].attack_failed
-    assert repair.steps[1:]
-    assert repair.changed
+    options = RepairOptions(method="finetune", epochs=2, allowed_drop=0.99)
+    assert repair_network(
+        model, clean, clean, preprocessing=Preprocessing(), options=options, attack=attack
+    ).changed  # where they only measure, anything goes
+    options = replace(options, stop_on_attack=True)
+    with pytest.raises(DataError, match=r"stop on attack: got attack samples of which 0\.0 %.*cannot tell whether"):
+        repair_network(model, clean, clean, preprocessing=Preprocessing(), options=options, attack=attack)
+    with pytest.raises(InputError, match="stop on attack: got no attack samples"):
+        repair_network(model, clean, clean, preprocessing=Preprocessing(), options=options)
 
 
 def test_a_step_that_costs_too_much_does_not_end_the_repair(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +152,7 @@ def test_a_step_that_costs_too_much_does_not_end_the_repair(monkeypatch: pytest.
 
     def measured(network: keras.Model, samples: Samples, _: Preprocessing) -> Proportion:
         if samples is not clean:
-            return Proportion(0, len(samples))
+            return Proportion(len(samples) if network is model else 0, len(samples))
         return Proportion(round(40 * next(wild)), 40) if network is not model and taught else Proportion(40, 40)
 
     taught: list[int] = []
