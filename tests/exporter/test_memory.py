@@ -1,4 +1,4 @@
-"""Data of the official size is exported within 4 GiB of memory."""
+"""Data of the official size is exported within 3 GiB of memory, and so well within the 4 that a small machine has."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from exporter.preprocessing import Preprocessing
 from exporter.training import predict_labels
 
 IMAGES = 12_830
-LIMIT_KIB = 4 * 2**20
+LIMIT_KIB = 3 * 2**20
 
-SCRIPT = """
-import resource, sys
+SCRIPT = r"""
+import re, sys
 from pathlib import Path
 import exporter
 from exporter.export import Data, ExportOptions, export
@@ -28,7 +28,8 @@ from exporter.repair import RepairOptions
 model, clean, output = map(Path, sys.argv[1:])
 options = ExportOptions(repair=RepairOptions(epochs=1, allowed_drop=0.99))
 export(model, Data(clean), output, options)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not `getrusage`: what it calls this process's peak begins with that of the process that started it.
+print(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 """
 
 
