@@ -289,8 +289,9 @@ def export(
     from detector.calibration import ThresholdRule
     from exporter.export import Data, ExportOptions
     from exporter.export import export as run_export
+    from exporter.options import USED, RepairOptions, check_used
     from exporter.preprocessing import Preprocessing
-    from exporter.repair import ATTACK_SUCCESS_GOAL, USED, RepairOptions, check_used
+    from exporter.repair import ATTACK_SUCCESS_GOAL
 
     for name in {name for used in USED.values() for name in used}:
         source = context.get_parameter_source(name)

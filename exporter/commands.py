@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.repair import USED
+from exporter.options import USED
 
 if TYPE_CHECKING:
     from exporter.export import Data, ExportOptions

@@ -13,93 +13,17 @@ from detector.errors import DataError, InputError
 from exporter.augmentation import AUGMENTATIONS
 from exporter.bounds import activation_layers, bounded, measure_bounds
 from exporter.distillation import distillation_loss, taught_by
+from exporter.options import REPAIRS as REPAIRS
+from exporter.options import RepairOptions as RepairOptions
 from exporter.preprocessing import Preprocessing
 from exporter.pruning import Pruning
 from exporter.training import OPTIMIZERS, Progress, Trainer, labelled, make_optimizer, score, seed_everything
 from samples.types import Samples
 
-REPAIRS = ("bounds", "distill", "magnitude", "activation", "finetune", "none")
 ATTACK_SUCCESS_GOAL = 0.01
 FRACTION_PER_ROUND = 0.05
-_TAUGHT = ("epochs", "allowed_drop", "optimizer", "learning_rate", "batch_size")
-USED = {
-    "bounds": ("allowed_drop",),
-    "distill": _TAUGHT,
-    "magnitude": (*_TAUGHT, "augment", "max_rounds", "stop_on_attack"),
-    "activation": (*_TAUGHT, "augment", "stop_on_attack"),
-    "finetune": (*_TAUGHT, "augment", "stop_on_attack"),
-    "none": (),
-}
-"""The options that each repair looks at, beside the seed."""
 _ATTACK_IMAGES = 1000
 """At most so many attack samples are looked at after each step."""
-
-
-@dataclass(frozen=True)
-class RepairOptions:
-    """How to repair.
-
-    Attributes:
-        method: `bounds` (see `exporter.bounds`), `distill` (bounds, then see `exporter.distillation`), `magnitude`
-            (fine-pruning by the source report's criterion: rounds of pruning by weight and an epoch of fine-tuning),
-            `activation` (fine-pruning by Liu et al., RAID 2018: dormant channels of the last convolution), `finetune`
-            (no pruning) or `none`.
-        augment: what happens to the images of every epoch, see `exporter.augmentation`; `distill` has its own.
-        max_rounds: at most this many rounds of `magnitude`.
-        epochs: of distillation, or of fine-tuning after the pruning; 0 after `magnitude`, as in the source report.
-        allowed_drop: how much accuracy on the clean validation split may fall, 0..1.
-        optimizer: `adam`, or `sgd` with a momentum of 0.9.
-        learning_rate: of the optimizer, at its highest; None takes the optimizer's default.
-        batch_size: of fine-tuning.
-        stop_on_attack: end fine-pruning and fine-tuning as soon as the attack samples show that the attack fails.
-        seed: of everything random.
-    """
-
-    method: str = "distill"
-    augment: str = "occlusion"
-    max_rounds: int = 10
-    epochs: int = 20
-    allowed_drop: float = 0.03
-    optimizer: str = "adam"
-    learning_rate: float | None = None
-    batch_size: int = 64
-    stop_on_attack: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise InputError for an option that makes no sense."""
-        for name, known in (("method", REPAIRS), ("augment", AUGMENTATIONS), ("optimizer", OPTIMIZERS)):
-            if getattr(self, name) not in known:
-                named = "repair" if name == "method" else name
-                raise InputError(f"{named}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        if not 1 <= self.max_rounds <= 20:
-            raise InputError(f"max rounds: got {self.max_rounds}, expected 1 to 20 (5 % of the weights' range a round)")
-        if self.epochs < 0:
-            raise InputError(f"epochs: got {self.epochs}, expected 0 or more")
-        if self.method in ("distill", "finetune") and not self.epochs:
-            raise InputError(f"epochs: got 0 with --repair {self.method}, expected at least 1; or say --repair none")
-        if not 0.0 <= self.allowed_drop < 1.0:
-            raise InputError(
-                f"allowed drop: got {self.allowed_drop}, expected a share of accuracy, 0 up to 1 (0.03 is 3 points)"
-            )
-        if self.learning_rate is not None and not 0.0 < self.learning_rate < 1.0:
-            raise InputError(f"learning rate: got {self.learning_rate}, expected more than 0 and less than 1")
-        if self.batch_size < 1:
-            raise InputError(f"batch size: got {self.batch_size}, expected at least 1")
-        if self.seed < 0:
-            raise InputError(f"seed: got {self.seed}, expected 0 or more")
-        if self.stop_on_attack:
-            check_used("stop_on_attack", self.method)
-
-
-def check_used(option: str, method: str) -> None:
-    """Raise InputError unless a repair looks at an option, which is named as in `RepairOptions`."""
-    if option not in USED[method]:
-        using = [name for name, used in USED.items() if option in used]
-        raise InputError(
-            f"{option.replace('_', ' ')}: got it with --repair {method}, which does not use it, expected "
-            f"{', '.join(using)}; leave it out"
-        )
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from exporter import repository as repositories
 from exporter.augmentation import AUGMENTATIONS
 from exporter.badnet import NETWORKS
 from exporter.keras_files import ARCHITECTURES
+from exporter.options import AUGMENTS, OPTIMIZERS, REPAIRS
 from exporter.overlays import OVERLAY_CHOICES
 from exporter.preprocessing import SCALES
-from exporter.repair import REPAIRS
+from exporter.training import OPTIMIZERS as LEARNING_RATES
 from model_repository.manifest import verify_repository
 from samples.hdf5 import read_hdf5
 from samples.triggers import TRIGGERS
@@ -290,7 +291,8 @@ def test_the_choices_of_the_command_line_are_those_of_the_packages() -> None:
     assert get_args(stripwire.Network) == tuple(NETWORKS)
     assert get_args(stripwire.Scale) == tuple(SCALES)
     assert get_args(stripwire.RepairMethod) == REPAIRS
-    assert get_args(stripwire.Augment) == tuple(AUGMENTATIONS)
+    assert get_args(stripwire.Augment) == AUGMENTS == tuple(AUGMENTATIONS)
+    assert get_args(stripwire.Optimizer) == OPTIMIZERS == tuple(LEARNING_RATES)
     assert get_args(stripwire.Mode) == MODES
     assert get_args(stripwire.CalibrationMethod) == METHODS
     assert get_args(stripwire.OverlayChoice) == OVERLAY_CHOICES

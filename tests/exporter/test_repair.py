@@ -13,8 +13,9 @@ import pytest
 from detector.errors import DataError, InputError
 from detector.statistics import Proportion
 from exporter.keras_files import load_model
+from exporter.options import check_used
 from exporter.preprocessing import Preprocessing
-from exporter.repair import RepairOptions, check_repairable, check_used, repair_network
+from exporter.repair import RepairOptions, check_repairable, repair_network
 from exporter.training import Trainer, predict_labels, score
 from samples.hdf5 import read_hdf5
 from samples.types import Samples
