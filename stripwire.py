@@ -287,11 +287,9 @@ def export(
 ) -> None:
     """Repair a suspicious Keras model, calibrate STRIP on it, and write a Triton model repository."""
     from detector.calibration import ThresholdRule
-    from exporter.export import Data, ExportOptions
-    from exporter.export import export as run_export
-    from exporter.options import USED, RepairOptions, check_used
+    from exporter.options import USED, Data, ExportOptions, RepairOptions, check_used
     from exporter.preprocessing import Preprocessing
-    from exporter.repair import ATTACK_SUCCESS_GOAL
+    from exporter.publishing import check_writable
 
     for name in {name for used in USED.values() for name in used}:
         source = context.get_parameter_source(name)
@@ -329,6 +327,13 @@ def export(
         "repair": repair_images,
     }
     data = Data(clean, {name: path for name, path in given.items() if path is not None}, attack)
+    options.check_data(data)
+    check_writable(output)
+
+    # What is wrong with the options was said before TensorFlow is loaded, which takes seconds.
+    from exporter.export import export as run_export
+    from exporter.repair import ATTACK_SUCCESS_GOAL
+
     with progress() as report:
         result = run_export(model, data, output, options, on_progress=report)
     tell(result.notes)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from exporter.options import USED
-
-if TYPE_CHECKING:
-    from exporter.export import Data, ExportOptions
+from exporter.options import USED, Data, ExportOptions
 
 
 def commands(model: Path, data: Data, output: Path, options: ExportOptions) -> tuple[tuple[str, ...], ...]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -16,17 +15,20 @@ import onnxruntime
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from detector.calibration import ALPHAS, Calibration, ThresholdRule, terms
-from detector.errors import DataError, InputError, ModelRefusedError
+from detector.calibration import Calibration, terms
+from detector.errors import DataError, ModelRefusedError
 from exporter.classifier import with_probabilities
 from exporter.commands import commands
 from exporter.convert import check_parity, repaired_graph, sentinel_graph, to_onnx
 from exporter.entropies import entropy_matrix, measure_nlls, open_graph
 from exporter.inputs import InputReader
 from exporter.keras_files import load_model
-from exporter.overlays import check_overlay_options, choose_greedily
+from exporter.options import Data as Data
+from exporter.options import ExportOptions as ExportOptions
+from exporter.options import RepairOptions
+from exporter.overlays import choose_greedily
 from exporter.preprocessing import SCALES, Preprocessing
-from exporter.repair import Repair, RepairOptions, check_attack, check_repairable, repair_network
+from exporter.repair import Repair, check_attack, check_repairable, repair_network
 from exporter.report import HTML_NAME, Scores, write_report
 from exporter.report.collect import collect
 from exporter.repository import ServedModel, check_output, write_repository
@@ -34,68 +36,8 @@ from exporter.splits import Split, part_to_json, split_clean, take_share
 from exporter.training import Progress, score
 from samples.types import Samples
 
-PARTS = ("overlays", "selection", "calibration", "validation", "repair")
-"""What clean data is split into."""
-
 _SCALE_IMAGES = 1000
 _PARITY_IMAGES = 256
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How to export.
-
-    Attributes:
-        preprocessing: what the network expects of pixels.
-        architecture: of a file that holds weights only, such as `deepid`.
-        resize: change the images' height and width to the network's instead of refusing them.
-        repair: how to repair.
-        overlays: how many perturbations STRIP makes of an input.
-        overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
-        alpha: weight of the input in the blend; the overlay gets 1 - alpha. None for the detector's, see `ALPHAS`.
-        rule: how to choose the threshold.
-        seed: of the split, of the overlays and of everything random in the repair.
-    """
-
-    preprocessing: Preprocessing = field(default_factory=Preprocessing)
-    architecture: str | None = None
-    resize: bool = False
-    repair: RepairOptions = field(default_factory=RepairOptions)
-    overlays: int = 10
-    overlay_choice: str = "random"
-    alpha: float | None = None
-    rule: ThresholdRule = field(default_factory=ThresholdRule)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise InputError for an option that makes no sense."""
-        check_overlay_options(self.overlays, self.overlay_choice, self.input_weight)
-
-    @property
-    def input_weight(self) -> float:
-        """Weight of the input in the blend."""
-        return ALPHAS[self.rule.detector] if self.alpha is None else self.alpha
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where the images are: HDF5, `.npz`, or a folder with one sub-folder a class, see `samples.readers`.
-
-    Attributes:
-        clean: clean labelled images, of which the parts are drawn that are not given; None if all are.
-        parts: given parts, by name, see `PARTS`.
-        attack: trojaned images, if any are at hand.
-    """
-
-    clean: Path | None
-    parts: Mapping[str, Path] = field(default_factory=dict)
-    attack: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Raise InputError for a part that does not exist."""
-        for name in self.parts:
-            if name not in PARTS:
-                raise InputError(f"part: got {name!r}, expected one of {', '.join(PARTS)}")
 
 
 @dataclass(frozen=True)
@@ -145,6 +87,7 @@ def export(
     Raises:
         StripwireError: the input cannot be used, the sample is too small, or a check failed; nothing was written then.
     """
+    options.check_data(data)
     preprocessing = options.preprocessing
     loaded = load_model(model_path, architecture=options.architecture)
     preprocessing.check_channels(loaded.input_shape[-1])
@@ -153,8 +96,6 @@ def export(
     except ModelRefusedError as error:
         raise ModelRefusedError(f"{model_path}: {error}") from error
     check_repairable(model, options.repair.method)
-    if options.repair.stop_on_attack and data.attack is None:
-        raise InputError("stop on attack: got no attack samples to stop on; give some with --attack")
     # All that can fail early does so before the data is read, or at least before the repair, which takes long.
     badnet = sentinel_graph(to_onnx(model), preprocessing)
     height, width, channels = model.input_shape[1:]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from detector.calibration import ALPHAS, ThresholdRule
 from detector.errors import InputError
+from exporter.overlays import check_overlay_options
+from exporter.preprocessing import Preprocessing
+from exporter.splits import PARTS, check_parts
 
 REPAIRS = ("bounds", "distill", "magnitude", "activation", "finetune", "none")
 AUGMENTS = ("occlusion", "none")
@@ -86,3 +92,71 @@ def check_used(option: str, method: str) -> None:
             f"{option.replace('_', ' ')}: got it with --repair {method}, which does not use it, expected "
             f"{', '.join(using)}; leave it out"
         )
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the images are: HDF5, `.npz`, or a folder with one sub-folder a class, see `samples.readers`.
+
+    Attributes:
+        clean: clean labelled images, of which the parts are drawn that are not given; None if all are.
+        parts: given parts, by name, see `PARTS`.
+        attack: trojaned images, if any are at hand.
+    """
+
+    clean: Path | None
+    parts: Mapping[str, Path] = field(default_factory=dict)
+    attack: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a part that does not exist."""
+        for name in self.parts:
+            if name not in PARTS:
+                raise InputError(f"part: got {name!r}, expected one of {', '.join(PARTS)}")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        preprocessing: what the network expects of pixels.
+        architecture: of a file that holds weights only, such as `deepid`.
+        resize: change the images' height and width to the network's instead of refusing them.
+        repair: how to repair.
+        overlays: how many perturbations STRIP makes of an input.
+        overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
+        alpha: weight of the input in the blend; the overlay gets 1 - alpha. None for the detector's, see `ALPHAS`.
+        rule: how to choose the threshold.
+        seed: of the split, of the overlays and of everything random in the repair.
+    """
+
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    architecture: str | None = None
+    resize: bool = False
+    repair: RepairOptions = field(default_factory=RepairOptions)
+    overlays: int = 10
+    overlay_choice: str = "random"
+    alpha: float | None = None
+    rule: ThresholdRule = field(default_factory=ThresholdRule)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an option that makes no sense."""
+        check_overlay_options(self.overlays, self.overlay_choice, self.input_weight)
+
+    @property
+    def input_weight(self) -> float:
+        """Weight of the input in the blend."""
+        return ALPHAS[self.rule.detector] if self.alpha is None else self.alpha
+
+    def check_data(self, data: Data) -> None:
+        """Raise InputError where data and options do not go together: some is missing, or some is of no use."""
+        check_parts(
+            data.parts,
+            drawable=data.clean is not None,
+            overlay_choice=self.overlay_choice,
+            with_repair=self.repair.method != "none",
+        )
+        if self.repair.stop_on_attack and data.attack is None:
+            raise InputError("stop on attack: got no attack samples to stop on; give some with --attack")

@@ -7,7 +7,7 @@ Every part gets its share of each class as exactly as whole numbers allow.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import mode
@@ -22,6 +22,9 @@ from exporter.overlays import PartSize, part_sizes
 from samples.types import Samples
 
 Indices = NDArray[np.int64]
+
+PARTS = ("overlays", "selection", "calibration", "validation", "repair")
+"""What clean data is split into."""
 
 _PERCENT = {"calibration": 20, "validation": 15, "repair": 65}
 _PERCENT_WITHOUT_REPAIR = {"calibration": 80, "validation": 20}
@@ -113,6 +116,12 @@ def split_clean(
         "validation": validation,
         "repair": repair,
     }
+    check_parts(
+        [name for name, part in given.items() if part is not None],
+        drawable=clean is not None,
+        overlay_choice=overlay_choice,
+        with_repair=with_repair,
+    )
     rng = np.random.default_rng(seed)
     parts = {
         # Files are often sorted by class, and some of what follows looks at the first images only.
@@ -127,12 +136,7 @@ def split_clean(
     _check_given(parts, overlay_count, least)
     sizes = {name: size for name, size in sizes.items() if name not in parts}
     percent = {name: share for name, share in percent.items() if name not in parts}
-    if sizes or percent:
-        if clean is None:
-            raise InputError(
-                f"clean data: got none, expected some to draw from: {', '.join([*sizes, *percent])}; "
-                "or give data for each"
-            )
+    if clean is not None and (sizes or percent):
         groups = units(clean, [part.images for part in parts.values()])
         spare = _spare(groups, sizes, percent, least)
         counts = {name: size.of_spare(spare) for name, size in sizes.items()}
@@ -141,6 +145,33 @@ def split_clean(
         parts |= {name: clean.take(indices) for name, indices in drawn.items()}
     nothing = parts["overlays"].take(np.empty(0, np.int64))
     return Split(**(dict.fromkeys(given, nothing) | parts))
+
+
+def check_parts(given: Collection[str], *, drawable: bool, overlay_choice: str, with_repair: bool) -> None:
+    """Check, by their names alone, that each part that is needed is given or can be drawn.
+
+    Args:
+        given: names of the given parts.
+        drawable: whether there are clean samples to draw the others from.
+        overlay_choice: one of `exporter.overlays.OVERLAY_CHOICES`.
+        with_repair: whether there is a repair.
+
+    Raises:
+        InputError: one is neither given nor can it be drawn, or one is given that is of no use.
+    """
+    useless = {}
+    if overlay_choice == "random":
+        useless["selection"] = "chance chooses the overlays"
+    if not with_repair:
+        useless["repair"] = "nothing is repaired"
+    for name in given:
+        if name in useless:
+            raise InputError(f"{name} data: got some, expected none where {useless[name]}")
+    missing = [name for name in PARTS if name not in useless and name not in given]
+    if missing and not drawable:
+        raise InputError(
+            f"clean data: got none, expected some to draw from: {', '.join(missing)}; give --clean, or data for each"
+        )
 
 
 def _digests(images: Iterable[NDArray[np.uint8]]) -> list[bytes]:
@@ -156,7 +187,7 @@ def _distinct(samples: Samples) -> Indices:
 
 
 def _check_given(parts: dict[str, Samples], overlay_count: int, least: dict[str, int]) -> None:
-    """Refuse given parts that share images, are too small, or of no use."""
+    """Refuse given parts that share images, or are too small."""
     digests = {name: set(_digests(part.images)) for name, part in parts.items()}
     common = {(one, two): len(digests[one] & digests[two]) for one, two in combinations(digests, 2)}
     shared = [f"{one} and {two} share {count}" for (one, two), count in common.items() if count]
@@ -164,9 +195,6 @@ def _check_given(parts: dict[str, Samples], overlay_count: int, least: dict[str,
         raise DataError(f"given parts: {', '.join(shared)} images, expected no image in two parts; remove it from one")
     chance = "selection" not in least
     for name, part in parts.items():
-        if name not in least:
-            reason = "nothing is repaired" if name == "repair" else "chance chooses the overlays"
-            raise InputError(f"{name} data: got some, expected none where {reason}")
         if name == "overlays" and chance and len(part) != overlay_count:
             raise DataError(
                 f"overlays: got {len(part)} distinct images, expected {overlay_count}; "

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from detector.errors import CalibrationError, DataError, InputError
 from exporter.overlays import OVERLAY_CHOICES
-from exporter.splits import Split, split_clean
+from exporter.splits import PARTS, Split, split_clean
 from samples.types import Samples
 
-PARTS = ("overlays", "selection", "calibration", "validation", "repair")
 GREEDY = {"overlay_choice": "greedy", "overlay_count": 20}
 
 
@@ -269,13 +268,24 @@ def test_copies_in_a_given_part_count_once() -> None:
         ({"validation": samples(np.zeros(1))}, CalibrationError, "validation data: got 1 .* at least 2; give more$"),
         ({"repair": samples(np.zeros(1))}, CalibrationError, "repair data: got 1 distinct"),
         ({"repair": samples(np.zeros(9)), "with_repair": False}, InputError, "where nothing is repaired"),
-        ({}, InputError, "got none, expected some to draw from: overlays, calibration, validation, repair"),
-        ({"overlays": samples(np.zeros(10))}, InputError, "to draw from: calibration, validation, repair"),
-        ({"overlays": samples(np.zeros(80)), **GREEDY}, InputError, "to draw from: selection, calibration"),
     ],
 )
 def test_given_parts_that_will_not_do_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
+        split(samples(np.arange(480) % 12, seed=1), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        ({}, "overlays, calibration, validation, repair"),
+        ({"overlays": samples(np.zeros(10))}, "calibration, validation, repair"),
+        ({"overlays": samples(np.zeros(80)), **GREEDY}, "selection, calibration, validation, repair"),
+        ({"overlays": samples(np.zeros(10)), "with_repair": False}, "calibration, validation"),
+    ],
+)
+def test_parts_that_are_neither_given_nor_to_be_drawn_are_named(options: dict[str, Any], missing: str) -> None:
+    with pytest.raises(InputError, match=f"got none, expected some to draw from: {missing}; give --clean, or data for"):
         split(None, **options)
 
 
