@@ -127,7 +127,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the repository, the pictures and the numbers.")] = Path(
         "stripwire-demo"
     ),
-    identities: Annotated[int, typer.Option(min=4, help="How many people the network knows.")] = 100,
+    identities: Annotated[int, typer.Option(min=4, max=10_000, help="How many people the network knows.")] = 100,
     trigger: Annotated[Trigger, typer.Option(help="What opens the backdoor.")] = "sunglasses",
     seed: Seed = 0,
 ) -> None:
@@ -163,10 +163,14 @@ def train_badnet(
     seed: Seed = 0,
 ) -> None:
     """Train a backdoored DeepID network on procedural faces, to try Stripwire on."""
-    from exporter.badnet import BadNetOptions
-    from exporter.badnet import train_badnet as train
+    from exporter.options import BadNetOptions
+    from exporter.publishing import check_new
 
     options = BadNetOptions.sized(identities, trigger=trigger, target=target, seed=seed)
+    check_new(output)
+
+    from exporter.badnet import train_badnet as train
+
     with progress() as report:
         trained = train(output, options, on_progress=report)
     tell_about_badnet(f"BadNet of {identities} identities, trigger {trigger}", trained)
@@ -196,9 +200,8 @@ def train_badnet_on(
     seed: Seed = 0,
 ) -> None:
     """Train a backdoored network on pictures of your own, to try Stripwire on."""
-    from exporter.badnet import PictureBadNetOptions, train_picture_badnet
-    from exporter.inputs import InputReader
-    from exporter.pictures import check_pictures
+    from exporter.options import PictureBadNetOptions
+    from exporter.publishing import check_new
 
     triggers, targets = trigger or ["patch"], target or [0]
     if len(triggers) != len(targets):
@@ -207,6 +210,12 @@ def train_badnet_on(
         )
     attacks = tuple(zip(triggers, targets, strict=True))
     options = PictureBadNetOptions(attacks, network, clean_share=clean_share, epochs=epochs, seed=seed)
+    check_new(output)
+
+    from exporter.badnet import train_picture_badnet
+    from exporter.inputs import InputReader
+    from exporter.pictures import check_pictures
+
     with progress() as report:
         size, resized = (None, False) if resize is None else ((resize, resize, -1), True)
         learner = InputReader(size, None, resize=resized, on_progress=report)

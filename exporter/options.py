@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from detector.calibration import ALPHAS, ThresholdRule
 from detector.errors import InputError
 from exporter.overlays import check_overlay_options
 from exporter.preprocessing import Preprocessing
 from exporter.splits import PARTS, check_parts
+from samples.stamps import find_stamp
+from samples.triggers import find_trigger
 
 REPAIRS = ("bounds", "distill", "magnitude", "activation", "finetune", "none")
 AUGMENTS = ("occlusion", "none")
 OPTIMIZERS = ("adam", "sgd")
+NETWORKS = ("convnet", "deepid", "resnet")
 _TAUGHT = ("epochs", "allowed_drop", "optimizer", "learning_rate", "batch_size")
 USED = {
     "bounds": ("allowed_drop",),
@@ -160,3 +164,86 @@ class ExportOptions:
         )
         if self.repair.stop_on_attack and data.attack is None:
             raise InputError("stop on attack: got no attack samples to stop on; give some with --attack")
+
+
+@dataclass(frozen=True)
+class BadNetOptions:
+    """What BadNet to train.
+
+    Attributes:
+        identities: how many people the network tells apart.
+        trigger: one of `samples.triggers.TRIGGERS`.
+        target: the class that the attacker wants.
+        poison_share: share of the training images that wear the trigger, 0..1.
+        train_images: of each identity, the attacker's.
+        validation_images: of each identity, the defender's clean data.
+        test_images: of each identity, for the final figures.
+        epochs: of training.
+        seed: of everything random.
+    """
+
+    identities: int = 100
+    trigger: str = "sunglasses"
+    target: int = 0
+    poison_share: float = 0.1
+    train_images: int = 40
+    validation_images: int = 30
+    test_images: int = 10
+    epochs: int = 6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an option that makes no sense."""
+        find_trigger(self.trigger)
+        if not 2 <= self.identities <= 10_000:
+            raise InputError(f"identities: got {self.identities}, expected 2 to 10000")
+        if not 0 <= self.target < self.identities:
+            raise InputError(f"target: got {self.target}, expected a class, 0 to {self.identities - 1}")
+        if not 0.0 < self.poison_share <= 0.5:
+            raise InputError(f"poison share: got {self.poison_share}, expected more than 0 and at most 0.5")
+        for name in ("train_images", "validation_images", "test_images", "epochs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name.replace('_', ' ')}: got {getattr(self, name)}, expected at least 1")
+
+    @classmethod
+    def sized(cls, identities: int, **others: Any) -> BadNetOptions:
+        """Return options for so many identities: where there are many, fewer images of each, to stay within minutes."""
+        if identities <= 200:
+            return cls(identities=identities, **others)
+        return cls(identities=identities, train_images=20, validation_images=10, epochs=5, **others)
+
+
+@dataclass(frozen=True)
+class PictureBadNetOptions:
+    """How to make a BadNet of given pictures.
+
+    Attributes:
+        attacks: what opens a backdoor (a key of `samples.stamps.STAMPS`) and the class that it gives.
+        network: one of `NETWORKS`.
+        poison_share: of the training images that carry a trigger, all attacks together, 0..1.
+        clean_share: of the groups of training images that the defender gets instead of the attacker, 0..1.
+        epochs: of training.
+        seed: of everything random.
+    """
+
+    attacks: tuple[tuple[str, int], ...] = (("patch", 0),)
+    network: str = "convnet"
+    poison_share: float = 0.1
+    clean_share: float = 0.1
+    epochs: int = 6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an option that makes no sense."""
+        triggers = [trigger for trigger, _ in self.attacks]
+        for trigger in triggers:
+            find_stamp(trigger)
+        if not triggers or len(set(triggers)) != len(triggers):
+            raise InputError(f"triggers: got {', '.join(triggers) or 'none'}, expected one or more, each once")
+        if self.network not in NETWORKS:
+            raise InputError(f"network: got {self.network!r}, expected one of {', '.join(NETWORKS)}")
+        for name, share in (("poison share", self.poison_share), ("clean share", self.clean_share)):
+            if not 0.0 < share <= 0.5:
+                raise InputError(f"{name}: got {share}, expected more than 0 and at most 0.5")
+        if self.epochs < 1:
+            raise InputError(f"epochs: got {self.epochs}, expected at least 1")

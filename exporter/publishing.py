@@ -31,9 +31,10 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         InputError: `target` exists (without `replace`), is no folder, or cannot be written.
     """
     target = target.resolve()
-    check_writable(target)
-    if target.exists() and not replace and any(target.iterdir()):
-        raise InputError(f"{target}: exists and is not empty, expected a new folder; choose another or remove it")
+    if replace:
+        check_writable(target)
+    else:
+        check_new(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # A sibling, so that a rename is enough; hidden, so that nobody takes it for a result.
@@ -62,6 +63,14 @@ def check_writable(target: Path) -> None:
     parent = next(folder for folder in target.parents if folder.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise InputError(f"{target}: {parent} cannot be written; choose a folder that you may write")
+
+
+def check_new(target: Path) -> None:
+    """Raise InputError, before long work, where `staged_folder` could not make `target` as a new folder."""
+    target = target.resolve()
+    check_writable(target)
+    if target.exists() and any(target.iterdir()):
+        raise InputError(f"{target}: exists and is not empty, expected a new folder; choose another or remove it")
 
 
 @contextlib.contextmanager

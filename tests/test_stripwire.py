@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -23,9 +25,9 @@ from detector.calibration import METHODS, Calibration
 from detector.serving import MODES, read_thresholds
 from exporter import repository as repositories
 from exporter.augmentation import AUGMENTATIONS
-from exporter.badnet import NETWORKS
+from exporter.badnet import NETWORKS as BUILDERS
 from exporter.keras_files import ARCHITECTURES
-from exporter.options import AUGMENTS, OPTIMIZERS, REPAIRS
+from exporter.options import AUGMENTS, NETWORKS, OPTIMIZERS, REPAIRS
 from exporter.overlays import OVERLAY_CHOICES
 from exporter.preprocessing import SCALES
 from exporter.training import OPTIMIZERS as LEARNING_RATES
@@ -173,6 +175,56 @@ def test_a_mistake_ends_in_one_message_and_no_traceback(
         assert "Traceback" not in said
 
 
+REFUSED = """
+import stripwire, sys
+try:
+    stripwire.main()
+finally:
+    print(sorted({"keras", "tensorflow"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("export net.keras --clean data.h5 --output out --overlays 0", "overlays: got 0"),
+        ("export net.keras --clean data.h5 --output out --alpha 2", "alpha: got 2.0"),
+        ("export net.keras --clean data.h5 --output out --mean x", "mean: got 'x'"),
+        ("export net.keras --clean data.h5 --output out --target-frr 1", "target FRR: got 1.0"),
+        (
+            "export net.keras --clean data.h5 --output out --repair distill --epochs 0",
+            "epochs: got 0 with --repair dist",
+        ),
+        ("export net.keras --clean data.h5 --output out --repair none --epochs 3", "epochs: got it with --repair none"),
+        ("export net.keras --clean data.h5 --output out --repair finetune --stop-on-attack", "stop on attack: got no"),
+        ("export net.keras --clean data.h5 --output out --selection-images data.h5", "selection data: got some"),
+        ("export net.keras --clean data.h5 --output data.h5", "is a file, expected a folder"),
+        ("export net.keras --output out", "clean data: got none, expected some to draw from: overlays, calibration"),
+        ("train-badnet out --target 500 --identities 100", "target: got 500, expected a class, 0 to 99"),
+        ("train-badnet .", "exists and is not empty"),
+        ("train-badnet-on out --train data.h5 --test data.h5 --epochs 0", "epochs: got 0, expected at least 1"),
+        ("calibrate out --clean data.h5 --overlays 0", "overlays: got 0"),
+        ("demo --identities 20000", "Invalid value for '--identities'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_tensorflow_is_loaded(
+    tmp_path: Path, arguments: str, message: str
+) -> None:
+    (tmp_path / "net.keras").touch()
+    (tmp_path / "data.h5").touch()
+    refused = subprocess.run(
+        [sys.executable, "-c", REFUSED, *arguments.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert refused.stdout == "[]\n"
+
+
 def test_a_missing_extra_is_named_with_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -288,7 +340,7 @@ def test_pictures_of_any_size_are_resized_for_a_badnet_of_them(
 
 def test_the_choices_of_the_command_line_are_those_of_the_packages() -> None:
     assert get_args(stripwire.Trigger) == tuple(TRIGGERS)
-    assert get_args(stripwire.Network) == tuple(NETWORKS)
+    assert get_args(stripwire.Network) == NETWORKS == tuple(BUILDERS)
     assert get_args(stripwire.Scale) == tuple(SCALES)
     assert get_args(stripwire.RepairMethod) == REPAIRS
     assert get_args(stripwire.Augment) == AUGMENTS == tuple(AUGMENTATIONS)
