@@ -218,13 +218,12 @@ def train_badnet_on(
 
     with progress() as report:
         size, resized = (None, False) if resize is None else ((resize, resize, -1), True)
-        learner = InputReader(size, None, resize=resized, on_progress=report)
-        learned = learner.read(train)
+        reader = InputReader(size, None, resize=resized, on_progress=report)
+        learned = reader.read(train)
         height, width, channels = learned.images.shape[1:]
-        classes = int(learned.labels.max()) + 1
-        tester = InputReader((height, width, channels), classes, resize=resized, on_progress=report)
-        tested = tester.read(test)
-        tell([*learner.notes, *tester.notes])
+        reader.expect((height, width, channels), int(learned.labels.max()) + 1)
+        tested = reader.read(test)
+        tell(reader.notes)
         check_pictures(learned, tested, options)
         trained = train_picture_badnet(output, learned, tested, options, on_progress=report)
     tell_about_badnet(f"BadNet of {train}, triggers {', '.join(triggers)}", trained)

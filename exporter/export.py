@@ -121,7 +121,7 @@ def export(
     try:
         check_accuracy(model, split.validation if clean is None else clean, preprocessing, options.seed)
     except DataError as error:
-        raise DataError("\n".join([str(error), *reader.notes])) from error
+        raise reader.explained(error) from None
     parity_images = np.concatenate([split.overlays.images, split.validation.images])[:_PARITY_IMAGES]
     parity = {"badnet": check_parity(model, badnet, parity_images, preprocessing, "original network")}
     session = open_graph(badnet.SerializeToString())
@@ -222,8 +222,8 @@ def check_accuracy(model: keras.Model, clean: Samples, preprocessing: Preprocess
     if accuracies[best].low <= chance:
         raise DataError(
             f"clean data: the network's accuracy on it is near chance ({chance:.2%}) at every pixel scale ({table}); "
-            "expected images and labels of the task that the network was trained for, and --mean and --std if it was "
-            "trained with them"
+            "expected images of the task that the network was trained for, labels numbered as there, and --mean and "
+            "--std if it was trained with them"
         )
     if accuracies[str(preprocessing)].high < accuracies[best].low:
         raise DataError(

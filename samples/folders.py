@@ -17,6 +17,7 @@ from samples.sizes import Size, check_resize, check_size, fitted, sides
 from samples.types import Dataset, Samples
 
 CLASSES_FILE = "classes.txt"
+_NAMES_SHOWN = 4
 
 _GTSRB_NAME = re.compile(r"(\d{5})_\d{5}")
 """Track and frame, as in the training pictures of the German Traffic Sign Recognition Benchmark."""
@@ -134,6 +135,7 @@ def _pictures(folder: Path, class_folder: Path, skipped: list[Path]) -> list[Pat
 def _numbered(folder: Path, class_folders: list[Path]) -> tuple[dict[int, Path], list[str]]:
     """Return the class folders by label, ascending, and a note on how they were numbered."""
     names = [found.name for found in class_folders]
+    hint = ""
     if (folder / CLASSES_FILE).exists():
         labels = _listed(folder, names)
         note = f"labels are the lines of {CLASSES_FILE}, from 0"
@@ -141,7 +143,7 @@ def _numbered(folder: Path, class_folders: list[Path]) -> tuple[dict[int, Path],
         labels = {name: int(name) for name in names}
         note = "labels are the numbers that the class folders are named by"
         if list(labels.values()) != list(range(len(names))):
-            note += (
+            hint = (
                 "; Keras' image_dataset_from_directory numbers them in alphabetical order instead: for a network that "
                 f"was trained so, list them in that order in {CLASSES_FILE}"
             )
@@ -149,14 +151,18 @@ def _numbered(folder: Path, class_folders: list[Path]) -> tuple[dict[int, Path],
         labels = {name: rank for rank, name in enumerate(names)}
         note = (
             "labels are ranks of the class folders in alphabetical order, as Keras' image_dataset_from_directory "
-            f"numbers them: {names[0]} is 0"
+            "numbers them"
         )
+        hint = f"; for a network that was trained with other numbers, list the folders in its order in {CLASSES_FILE}"
     by_label: dict[int, Path] = {}
     for found in class_folders:
         other = by_label.setdefault(labels[found.name], found)
         if other != found:
             raise DataError(f"{found}: is class {labels[found.name]} as {other.name} is, expected one folder a class")
-    return dict(sorted(by_label.items())), [note]
+    by_label = dict(sorted(by_label.items()))
+    shown = [f"{found.name} -> {label}" for label, found in by_label.items()]
+    more = [f"{len(shown) - _NAMES_SHOWN} more"] if len(shown) > _NAMES_SHOWN else []
+    return by_label, [f"{note} ({', '.join([*shown[:_NAMES_SHOWN], *more])}){hint}"]
 
 
 def _listed(folder: Path, names: list[str]) -> Mapping[str, int]:

@@ -82,15 +82,6 @@ def write_hdf5(path: Path, samples: Samples) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def check_labels(samples: Samples, classes: int, path: Path) -> None:
-    """Raise DataError where a label is not one of the network's classes, 0 to `classes` - 1."""
-    for name, labels in (("label", samples.labels), ("true_label", samples.true_labels)):
-        if labels is not None and labels.max(initial=0) >= classes:
-            raise DataError(
-                f"{path}: `{name}` reaches {labels.max()}, expected 0 to {classes - 1}, the network's {classes} classes"
-            )
-
-
 def _stored(file: h5py.File, name: str, path: Path) -> StoredArray:
     """Return a data set that lies in the file itself: links, external and virtual storage would read other files."""
     keys = sorted(file.keys())

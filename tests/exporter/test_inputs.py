@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from detector.errors import DataError
-from exporter.inputs import InputReader
+from exporter.inputs import InputReader, check_labels
 from model_repository.manifest import sha256_of
 from samples.hdf5 import write_hdf5
 from samples.types import Samples
@@ -46,3 +47,58 @@ def test_what_is_read_is_reported_and_its_labels_checked(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"a\.h5: `label` reaches 2, expected 0 to 1"):
         reader.read(tmp_path / "a.h5")
     assert told[-1] == ("Reading a.h5", 5, 5)
+
+
+def test_labels_beyond_the_networks_classes_are_refused() -> None:
+    images = np.zeros((2, 4, 4, 1), np.uint8)
+    found = Samples(images, np.array([0, 1282]), np.array([5, 2000]))
+    with pytest.raises(DataError, match=r"a\.h5: `label` reaches 1282.*43 classes"):
+        check_labels(found, 43, Path("a.h5"))
+    with pytest.raises(DataError, match=r"`true_label` reaches 2000"):
+        check_labels(found, 1283, Path("a.h5"))
+    check_labels(found, 2001, Path("a.h5"))
+
+
+def folder_of(folder: Path, *names: str) -> Path:
+    """Write a class folder of one picture for each name."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        Image.fromarray(IMAGES[0]).save(folder / name / "a.png")
+    return folder
+
+
+def test_labels_that_do_not_fit_come_with_how_the_class_folders_are_numbered(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "signs", "stop", "yield", "bend", "bump", "ice", "wind")
+    message = (
+        r"signs: `label` reaches 5, expected 0 to 4, the network's 5 classes\n.*signs: labels are ranks of the class "
+        r"folders in alphabetical order, as Keras' image_dataset_from_directory numbers them \(bend -> 0, bump -> 1, "
+        r"ice -> 2, stop -> 3, 2 more\); .* with other numbers, list the folders in its order in classes\.txt$"
+    )
+    with pytest.raises(DataError, match=message):
+        InputReader(None, 5, resize=False, on_progress=None).read(folder)
+
+
+def test_a_class_folder_with_another_number_than_in_a_folder_before_is_refused(tmp_path: Path) -> None:
+    clean = folder_of(tmp_path / "clean", "bend", "stop", "yield")
+    attack = folder_of(tmp_path / "attack", "stop")
+    reader = InputReader(None, 3, resize=False, on_progress=None)
+    reader.read(clean)
+    message = r"attack: class folder stop is number 0, but 1 in .*clean, expected the same in both; put the same cl"
+    with pytest.raises(DataError, match=message):
+        reader.read_attack(attack)
+    (attack / "classes.txt").write_text("bend\nstop\nyield\n")
+    assert reader.read_attack(attack).labels.tolist() == [1]
+
+
+def test_once_it_is_known_what_is_expected_nothing_else_is_taken(tmp_path: Path) -> None:
+    for name, labels in (("a.h5", np.zeros(5)), ("b.h5", TARGETS)):
+        write_hdf5(tmp_path / name, Samples(IMAGES, labels.astype(np.int64)))
+    reader = InputReader(None, None, resize=False, on_progress=None)
+    reader.read(tmp_path / "b.h5")
+    reader.expect((6, 4, 3), 1)
+    reader.read(tmp_path / "a.h5")
+    with pytest.raises(DataError, match=r"b\.h5: `label` reaches 2, expected 0 to 0"):
+        reader.read(tmp_path / "b.h5")
+    reader.expect((6, 5, 3), 3)
+    with pytest.raises(DataError, match=r"got 6x4x3 .* expected 6x5x3"):
+        reader.read(tmp_path / "b.h5")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 import samples.arrays
 from detector.errors import DataError
-from samples.hdf5 import check_labels, read_hdf5, write_hdf5
+from samples.hdf5 import read_hdf5, write_hdf5
 from samples.types import Samples
 
 PIXELS: NDArray[np.uint8] = np.random.default_rng(1).integers(0, 256, (5, 3, 6, 4), dtype=np.uint8)
@@ -204,13 +204,3 @@ def test_a_file_that_declares_far_more_than_it_holds_is_refused(tmp_path: Path) 
         file.create_dataset("data", (100_000, 3, 55, 47), np.float64)  # never written: takes no space
     with pytest.raises(DataError, match="64 times the size of the file"):
         read_hdf5(path)
-
-
-def test_labels_beyond_the_networks_classes_are_refused() -> None:
-    images = np.zeros((2, 4, 4, 1), np.uint8)
-    found = Samples(images, np.array([0, 1282]), np.array([5, 2000]))
-    with pytest.raises(DataError, match=r"a\.h5: `label` reaches 1282.*43 classes"):
-        check_labels(found, 43, Path("a.h5"))
-    with pytest.raises(DataError, match=r"`true_label` reaches 2000"):
-        check_labels(found, 1283, Path("a.h5"))
-    check_labels(found, 2001, Path("a.h5"))

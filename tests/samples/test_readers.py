@@ -395,7 +395,9 @@ def test_a_folder_as_gtsrb_comes_reads_with_its_tracks_as_groups(tmp_path: Path)
     assert found.samples.groups is not None
     assert found.samples.groups.tolist() == np.repeat(np.arange(6), 3).tolist()
     assert found.class_names == {0: "00000", 1: "00001", 14: "00014"}
-    assert found.notes[0].startswith("labels are the numbers that the class folders are named by; Keras'")
+    assert found.notes[0].startswith(
+        "labels are the numbers that the class folders are named by (00000 -> 0, 00001 -> 1, 00014 -> 14); Keras'"
+    )
     assert found.notes[1:] == (
         "left out as no pictures: 4, such as Readme.txt",
         "files are named TRACK_FRAME as in GTSRB: the frames of a track stay together",
@@ -442,7 +444,8 @@ def test_class_folders_are_numbered_as_keras_does(tmp_path: Path) -> None:
     assert found.class_names == {0: "1", 1: "Zebra", 2: "cat", 3: "dog"}
     assert found.notes == (
         "labels are ranks of the class folders in alphabetical order, as Keras' image_dataset_from_directory numbers "
-        "them: 1 is 0",
+        "them (1 -> 0, Zebra -> 1, cat -> 2, dog -> 3); for a network that was trained with other numbers, list the "
+        "folders in its order in classes.txt",
     )
 
 
@@ -454,7 +457,9 @@ def test_class_folders_named_by_numbers_have_these_as_labels(tmp_path: Path) -> 
         "in alphabetical order instead: for a network that was trained so, list them" in read_samples(folder).notes[0]
     )
     padded = one_each(tmp_path / "b", *(f"{label:02}" for label in range(12)))
-    assert read_samples(padded).notes == ("labels are the numbers that the class folders are named by",)
+    assert read_samples(padded).notes == (
+        "labels are the numbers that the class folders are named by (00 -> 0, 01 -> 1, 02 -> 2, 03 -> 3, 8 more)",
+    )
 
 
 def test_classes_txt_decides_over_the_names(tmp_path: Path) -> None:
@@ -463,7 +468,7 @@ def test_classes_txt_decides_over_the_names(tmp_path: Path) -> None:
     (folder / "classes.txt").write_bytes("\ufeff2\r\nhorse\r\n10\r\n\r\n0\r\n".encode())
     assert labels_of(folder, *names) == {"2": 0, "10": 2, "0": 3}
     assert read_samples(folder).class_names == {0: "2", 2: "10", 3: "0"}
-    assert read_samples(folder).notes == ("labels are the lines of classes.txt, from 0",)
+    assert read_samples(folder).notes == ("labels are the lines of classes.txt, from 0 (2 -> 0, 10 -> 2, 0 -> 3)",)
 
 
 def test_pictures_become_grey_or_colour_as_the_shape_says(tmp_path: Path) -> None:
