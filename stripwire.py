@@ -55,8 +55,6 @@ _SURE = (
 )
 ALONE = "the repair changed nothing, so the repaired network is not asked: the entropy decides alone"
 
-_STEPS_SHOWN = 12
-
 ReportProgress = Callable[[str, int, int], None]
 
 
@@ -340,7 +338,6 @@ def export(
 
     # What is wrong with the options was said before TensorFlow is loaded, which takes seconds.
     from exporter.export import export as run_export
-    from exporter.repair import ATTACK_SUCCESS_GOAL
 
     with progress() as report:
         result = run_export(model, data, output, options, on_progress=report)
@@ -350,27 +347,22 @@ def export(
         warn(_SURE)
     if detector == "consensus" and not result.calibration.asks_repaired:
         warn(ALONE)
-    if repair != "none" and not result.repair.changed:
-        warn(
-            "no step of the repair stayed within the allowed drop, so what is served as `repaired` is the network as "
-            "it came, backdoor and all. Give more clean data, allow a larger --allowed-drop, or say --repair none"
-        )
-    if result.after.attack_success is not None and result.after.attack_success.rate >= ATTACK_SUCCESS_GOAL:
-        warn(
-            f"the attack still succeeds on {result.after.attack_success.rate:.1%} of the attack samples: the repaired "
-            "network is not to be trusted. Try more --epochs, more clean data, or another --repair"
-        )
+    for notice in result.notices:
+        if notice.level == "alarm":
+            warn(notice.text)
     if as_json:
         print_json({"output": str(output), "version": result.version, **result.provenance})
         return
     softmax = ": a softmax was put behind it" if result.network_outputs == "logits" else ""
     say(f"The network returns {result.network_outputs}{softmax}.")
-    console.print(repair_table(result))
+    if len(result.repair.steps) > 1:
+        console.print(repair_table(result))
     console.print(scores_table(result))
     calibration = result.calibration
     console.print(
         f"Threshold {thresholds(calibration)} from {calibration.images} clean images: {rejections(calibration)}."
     )
+    say(detection(result))
     say(f"Version {result.version} written to {output}; all about it in {result.report}. Next:")
     command("serve", output)
 
@@ -683,6 +675,8 @@ def rejections(calibration: Calibration) -> str:
 
 def repair_table(result: Export) -> Table:
     """Return the table of an export's repair: its first and last steps, and the one that is kept."""
+    from exporter.report import excerpt
+
     repair = result.repair
     table = Table(title=f"Repair ({repair.stopped})")
     table.add_column("")
@@ -691,32 +685,45 @@ def repair_table(result: Export) -> Table:
     with_attack = repair.steps[0].attack_success is not None
     if with_attack:
         table.add_column("attack success", justify="right")
-    kept = next(index for index, step in enumerate(repair.steps) if step.name == repair.kept)
-    shown = sorted({*range(min(_STEPS_SHOWN, len(repair.steps))), kept, len(repair.steps) - 1})
-    for before, index in zip([-1, *shown], shown, strict=False):
-        if index > before + 1:
+    for index in excerpt(repair.steps, repair.kept):
+        if index is None:
             table.add_row("…")
+            continue
         step = repair.steps[index]
-        cells = [f"{step.name}, kept" if index == kept else step.name]
+        kept = step.name == repair.kept
+        cells = [f"{step.name}, kept" if kept else step.name]
         cells += [f"{step.pruned_share:.1%}", f"{step.clean_accuracy:.2%}"]
         if step.attack_success is not None:
             cells.append(f"{step.attack_success:.2%}")
-        table.add_row(*cells, style="bold" if index == kept else None)
+        table.add_row(*cells, style="bold" if kept else None)
     return table
 
 
 def scores_table(result: Export) -> Table:
-    """Return the table of what the repair did to the network."""
-    table = Table(title=f"What the repair did, on the validation part, which chose it\n{_CAPTION}")
+    """Return the table of how the network does, and of what the repair did to it if one was asked for."""
+    networks = {"as it came": result.before}
+    title = "The network, on the validation part"
+    if len(result.repair.steps) > 1:
+        networks["repaired"] = result.after
+        title = "What the repair did, on the validation part, which chose it"
+    table = Table(title=f"{title}\n{_CAPTION}")
     table.add_column("", no_wrap=True)
     for heading in ("clean accuracy", "attack success", "recovered accuracy"):
         table.add_column(heading, justify="right")
-    for name, scores in (("as it came", result.before), ("repaired", result.after)):
+    for name, scores in networks.items():
         rates = (scores.clean_accuracy, scores.attack_success, scores.recovered_accuracy)
         table.add_row(name, *(figure(rate) for rate in rates))
     if result.before.attack_success is None:
         table.caption = "attack success is not known without --attack"
     return table
+
+
+def detection(result: Export) -> str:
+    """Say what the guard makes of clean images that had no part in its threshold, and of attack samples."""
+    rejected = f"Measured: the guard rejects {result.false_rejection} of clean images (FRR)"
+    if result.false_acceptance is None:
+        return f"{rejected}; what it accepts of trojaned ones (FAR) is not known without --attack."
+    return f"{rejected} and accepts {result.false_acceptance} of trojaned ones (FAR)."
 
 
 def rates_table(title: str, networks: Mapping[str, NetworkResult | GuardedResult]) -> Table:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from detector.calibration import Calibration, terms
 from detector.errors import DataError, ModelRefusedError
+from detector.statistics import Proportion
 from exporter.classifier import with_probabilities
 from exporter.commands import commands
 from exporter.convert import check_parity, repaired_graph, sentinel_graph, to_onnx
@@ -29,7 +30,7 @@ from exporter.options import RepairOptions
 from exporter.overlays import choose_greedily
 from exporter.preprocessing import SCALES, Preprocessing
 from exporter.repair import Repair, check_attack, check_repairable, repair_network
-from exporter.report import HTML_NAME, Scores, write_report
+from exporter.report import HTML_NAME, Notice, Scores, notices, write_report
 from exporter.report.collect import collect
 from exporter.repository import ServedModel, check_output, write_repository
 from exporter.splits import Split, part_to_json, split_clean, take_share
@@ -51,9 +52,12 @@ class Export:
         repair: the steps of the repair.
         before: how the network does as it came.
         after: how the repaired network does.
+        false_rejection: validation images that the guard rejects; they had no part in choosing its threshold.
+        false_acceptance: attack samples that it accepts; None without them.
         calibration: the threshold and what it rests on.
         split_sizes: how many clean images went where.
         network_outputs: what the network returned as it came, `probabilities` or `logits`.
+        notices: what must not be missed.
         notes: what was noticed while reading the data.
         provenance: what the manifest says of this version.
     """
@@ -64,9 +68,12 @@ class Export:
     repair: Repair
     before: Scores
     after: Scores
+    false_rejection: Proportion
+    false_acceptance: Proportion | None
     calibration: Calibration
     split_sizes: dict[str, int]
     network_outputs: str
+    notices: tuple[Notice, ...]
     notes: tuple[str, ...]
     provenance: dict[str, Any]
 
@@ -155,20 +162,6 @@ def export(
 
     deciding = measured if options.repair.stop_on_attack else None
     before, after = (_scores(network, split.validation, attack, preprocessing) for network in (model, repair.model))
-    inputs = {"model": model_path, "clean": data.clean, "attack": data.attack, **data.parts}
-    provenance = {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "inputs": {name: reader.describe(path) for name, path in inputs.items() if path is not None},
-        "options": asdict(options) | {"alpha": options.input_weight},
-        "network_outputs": network_outputs,
-        "split": split.to_json() | ({} if deciding is None else {"deciding_attack": part_to_json(deciding)}),
-        "scores": {"before": before.to_json(), "after": after.to_json()},
-        "repair": repair.to_json(),
-        "calibration": calibration.to_json(),
-        "parity_max_difference": parity,
-        "versions": _versions(),
-    }
-    served = ServedModel(badnet, repaired, overlays, options.input_weight, calibration, classes, provenance)
     report = collect(
         model_path=model_path,
         model=model,
@@ -186,9 +179,27 @@ def export(
         entropies_of=entropies_of,
         nlls_of=nlls_of,
         commands=commands(model_path, data, output, options),
-        provenance=provenance,
     )
-    number = write_repository(output, served, lambda folder, number: write_report(folder, report(number)))
+    rejection, acceptance = report.false_rejection, report.false_acceptance
+    guard = {
+        "false_rejection": rejection.to_json(),
+        "false_acceptance": None if acceptance is None else acceptance.to_json(),
+    }
+    inputs = {"model": model_path, "clean": data.clean, "attack": data.attack, **data.parts}
+    provenance = {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "inputs": {name: reader.describe(path) for name, path in inputs.items() if path is not None},
+        "options": asdict(options) | {"alpha": options.input_weight},
+        "network_outputs": network_outputs,
+        "split": split.to_json() | ({} if deciding is None else {"deciding_attack": part_to_json(deciding)}),
+        "scores": {"before": before.to_json(), "after": after.to_json(), "guard": guard},
+        "repair": repair.to_json(),
+        "calibration": calibration.to_json(),
+        "parity_max_difference": parity,
+        "versions": _versions(),
+    }
+    served = ServedModel(badnet, repaired, overlays, options.input_weight, calibration, classes, provenance)
+    number = write_repository(output, served, lambda folder, number: write_report(folder, report, number, provenance))
     return Export(
         output=output,
         report=output / "guarded" / number / HTML_NAME,
@@ -196,9 +207,12 @@ def export(
         repair=repair,
         before=before,
         after=after,
+        false_rejection=rejection,
+        false_acceptance=acceptance,
         calibration=calibration,
         split_sizes=split.sizes(),
         network_outputs=network_outputs,
+        notices=notices(report),
         notes=(*reader.notes, *_coarse(split, options.repair)),
         provenance=provenance,
     )

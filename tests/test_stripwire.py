@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -275,15 +276,21 @@ def test_what_makes_a_result_doubtful_is_said_loudly(
     assert run(monkeypatch, "export", *files, *options, *form) == 0
     said = capsys.readouterr()
     warnings = " ".join(said.err.split())
-    assert "warning: no step of the repair stayed within the allowed drop" in warnings
-    assert "warning: the attack still succeeds on" in warnings
+    assert "warning: No step of the repair stayed within the allowed drop" in warnings
+    assert "warning: The attack still succeeds on" in warnings
     assert "warning: the threshold reaches its target FRR only if clean entropies are normally" in warnings
     if as_json:
-        assert json.loads(said.out)["network_outputs"] == "probabilities"
+        answer = json.loads(said.out)
+        assert answer["network_outputs"] == "probabilities"
+        assert answer["scores"]["guard"]["false_rejection"]["count"] == 70
+        assert answer["scores"]["guard"]["false_acceptance"]["count"] == 55
         return
     shown = " ".join(said.out.split())
     assert "The network returns probabilities." in shown
     assert "clean images: these very images put its rejections at" in shown
+    assert re.search(
+        r"the guard rejects .* n=70\) of clean images \(FRR\) and accepts .* n=55\) of trojaned ones", shown
+    )
     assert "[r]" in shown  # a name that looks like markup
 
 
@@ -291,8 +298,27 @@ def test_a_threshold_that_is_next_to_nothing_is_doubted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], badnet: Path, tmp_path: Path
 ) -> None:
     files = (badnet / "bd_net.keras", "--clean", badnet / "clean_validation_data.h5", "--output", tmp_path / "out")
-    assert run(monkeypatch, "export", *files, "--repair=none", "--threshold-bits=0.0001") == 0
-    assert "warning: the threshold is under 0.001 bits" in " ".join(capsys.readouterr().err.split())
+    options = ("--repair=none", "--threshold-bits=0.0001", "--attack", badnet / "sunglasses_poisoned_data.h5")
+    assert run(monkeypatch, "export", *files, *options) == 0
+    warnings = " ".join(capsys.readouterr().err.split())
+    assert "warning: the threshold is under 0.001 bits" in warnings
+    assert re.search(
+        r"warning: The guard lets .* n=55\) of the attack samples pass \(FAR\): do not rely on it", warnings
+    )
+
+
+def test_where_nothing_is_repaired_nothing_is_said_of_a_repair(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], badnet: Path, tmp_path: Path
+) -> None:
+    files = (badnet / "bd_net.keras", "--clean", badnet / "clean_validation_data.h5", "--output", tmp_path / "out")
+    assert run(monkeypatch, "export", *files, "--repair=none") == 0
+    said = capsys.readouterr()
+    assert "warning: Nothing was repaired, as asked" in " ".join(said.err.split())
+    shown = " ".join(said.out.split())
+    assert "The network, on the validation part" in shown
+    assert "FAR) is not known without --attack" in shown
+    assert "the repair" not in shown
+    assert "Repair (" not in shown
 
 
 def test_repair_data_is_refused_where_nothing_is_repaired(

@@ -20,22 +20,27 @@ from PIL import Image
 
 from detector.strip import perturb, weighted_overlays
 from exporter.repair import Step
-from exporter.report.data import Examples, Layer, Part, ReportData, Scores
-from exporter.report.document import document, percent
+from exporter.report.data import Examples, Layer, Part, ReportData, Scores, excerpt
+from exporter.report.document import document
 from exporter.report.figures import draw_figures
+from exporter.report.notices import Notice, notices, percent
 
-__all__ = ["Examples", "Layer", "Part", "ReportData", "Scores", "Step", "write_report"]
+__all__ = ["Examples", "Layer", "Notice", "Part", "ReportData", "Scores", "Step", "excerpt", "notices", "write_report"]
 
 HTML_NAME = "report.html"
 JSON_NAME = "report.json"
 
 
-def write_report(folder: Path, data: ReportData) -> None:
+def write_report(folder: Path, data: ReportData, version: str, provenance: dict[str, Any]) -> None:
     """Write `report.html` and `report.json` into `folder`, which exists.
 
-    `exporter.report.document` documents the keys of the JSON.
+    Args:
+        folder: where to.
+        data: what they tell; `exporter.report.document` documents the keys of the JSON.
+        version: number of the version in the model repository.
+        provenance: what the manifest says of it; plain values only.
     """
-    numbers = document(data)
+    numbers = document(data, version, provenance)
     (folder / JSON_NAME).write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / HTML_NAME).write_text(_page(numbers, data), encoding="utf-8")
 
@@ -52,6 +57,7 @@ def _page(numbers: dict[str, Any], data: ReportData) -> str:
     return environment.get_template("report.html.j2").render(
         numbers,
         figures=draw_figures(numbers),
+        shown_steps=excerpt(data.steps, data.kept),
         shown_examples=_shown_examples(numbers, data),
         pixelated=max(data.overlays.shape[1:3]) < 128,
         settings=list(_flat(numbers["provenance"].get("options", {}))),

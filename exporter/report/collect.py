@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
@@ -45,9 +44,8 @@ def collect(
     entropies_of: Measure,
     nlls_of: Measure,
     commands: tuple[tuple[str, ...], ...],
-    provenance: dict[str, Any],
-) -> Callable[[str], ReportData]:
-    """Measure what the report needs beyond what the export knows; return what makes the report of a version number."""
+) -> ReportData:
+    """Measure what the report needs beyond what the export knows."""
     held_out = split.validation.take(np.arange(min(MEASURED, len(split.validation))))
     trojaned = None if attack is None else _spread(attack, MEASURED)
     networks = (model, repair.model)
@@ -74,35 +72,28 @@ def collect(
     parts = tuple(
         Part(name, len(part), part.sha256()) for name, part in (vars(split) | others).items() if part is not None
     )
-    layers = _layers(model, repair.model)
-
-    def of_version(version: str) -> ReportData:
-        return ReportData(
-            model_name=model_path.name,
-            version=version,
-            layers=layers,
-            steps=repair.steps,
-            kept=repair.kept,
-            stopped=repair.stopped,
-            before=before,
-            after=after,
-            attack_success_goal=ATTACK_SUCCESS_GOAL,
-            calibration=calibration,
-            alpha=alpha,
-            overlays=overlays,
-            calibration_entropies_bits=calibration_entropies_bits,
-            held_out_entropies_bits=held_out_entropies,
-            trojaned_entropies_bits=trojaned_entropies,
-            held_out_nlls=held_out_nlls,
-            trojaned_nlls=trojaned_nlls,
-            clean_examples=clean_examples,
-            trojaned_examples=trojaned_examples,
-            parts=parts,
-            commands=commands,
-            provenance=provenance,
-        )
-
-    return of_version
+    return ReportData(
+        model_name=model_path.name,
+        layers=_layers(model, repair.model),
+        steps=repair.steps,
+        kept=repair.kept,
+        stopped=repair.stopped,
+        before=before,
+        after=after,
+        attack_success_goal=ATTACK_SUCCESS_GOAL,
+        calibration=calibration,
+        alpha=alpha,
+        overlays=overlays,
+        calibration_entropies_bits=calibration_entropies_bits,
+        held_out_entropies_bits=held_out_entropies,
+        trojaned_entropies_bits=trojaned_entropies,
+        held_out_nlls=held_out_nlls,
+        trojaned_nlls=trojaned_nlls,
+        clean_examples=clean_examples,
+        trojaned_examples=trojaned_examples,
+        parts=parts,
+        commands=commands,
+    )
 
 
 def _spread(samples: Samples, most: int) -> Samples:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.calibration import Calibration
+from detector.calibration import Calibration, scores
 from detector.statistics import Proportion
 from exporter.repair import Step
+
+_FIRST_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,6 @@ class ReportData:
 
     Attributes:
         model_name: name of the model's file.
-        version: number of the version in the model repository.
         layers: of the network as it came.
         steps: of the repair, the network as it came first.
         kept: name of the step whose network is served as `repaired`.
@@ -114,11 +117,9 @@ class ReportData:
         trojaned_examples: a few attack samples; None without them.
         parts: what the clean data was split into, and the attack samples.
         commands: what reproduces the export, each as its list of arguments.
-        provenance: what the manifest says of this version; plain values only.
     """
 
     model_name: str
-    version: str
     layers: tuple[Layer, ...]
     steps: tuple[Step, ...]
     kept: str
@@ -138,4 +139,71 @@ class ReportData:
     trojaned_examples: Examples | None
     parts: tuple[Part, ...]
     commands: tuple[tuple[str, ...], ...]
-    provenance: dict[str, Any]
+
+    @property
+    def tried(self) -> bool:
+        """Whether a repair was tried at all."""
+        return len(self.steps) > 1
+
+    @property
+    def changed(self) -> bool:
+        """Whether the repair changed anything."""
+        return self.kept != self.steps[0].name
+
+    @cached_property
+    def held_out_bits(self) -> NDArray[np.float64]:
+        """Entropy of each held-out image, see `mean_bits`."""
+        return mean_bits(self.held_out_entropies_bits, self.calibration.detector)
+
+    @cached_property
+    def trojaned_bits(self) -> NDArray[np.float64] | None:
+        """Likewise, of each attack sample; None without them."""
+        if self.trojaned_entropies_bits is None:
+            return None
+        return mean_bits(self.trojaned_entropies_bits, self.calibration.detector)
+
+    @property
+    def false_rejection(self) -> Proportion:
+        """Held-out clean images that the guard rejects."""
+        return share(self.calibration.rejects(self.held_out_bits, self.held_out_nlls))
+
+    @property
+    def false_acceptance(self) -> Proportion | None:
+        """Attack samples that the guard accepts; None without them."""
+        if self.trojaned_bits is None:
+            return None
+        return share(~self.calibration.rejects(self.trojaned_bits, self.trojaned_nlls))
+
+
+def excerpt(steps: Sequence[Step], kept: str) -> list[int | None]:
+    """Return which steps of a repair to show where all would be too many, by index; None stands for those left out.
+
+    Args:
+        steps: all of them.
+        kept: name of the one that is kept; it, the last one and the first few are shown.
+    """
+    names = [step.name for step in steps]
+    shown = sorted({*range(min(_FIRST_STEPS, len(names))), names.index(kept), len(names) - 1})
+    rows: list[int | None] = []
+    for before, index in zip([-1, *shown], shown, strict=False):
+        rows += [index] if index == before + 1 else [None, index]
+    return rows
+
+
+def mean_bits(per_overlay: NDArray[np.floating[Any]], detector: str) -> NDArray[np.float64]:
+    """Return each image's entropy as the detector takes it; one that is not finite is rejected at any threshold.
+
+    Args:
+        per_overlay: (images, overlays), in bits.
+        detector: one of `detector.conformal.DETECTORS`.
+
+    Returns:
+        (images,), in bits; what is not finite becomes minus infinity.
+    """
+    means = scores(per_overlay.astype(np.float64), detector)
+    return np.where(np.isfinite(means), means, -np.inf)
+
+
+def share(happened: NDArray[np.bool_]) -> Proportion:
+    """Return how often it happened, of (images,)."""
+    return Proportion(int(np.count_nonzero(happened)), len(happened))

@@ -7,7 +7,7 @@ is {rate, low, high, successes, count}: the rate, its exact 95 % interval, and w
 - `model`, `version`: the file that came in, the number of the version that was written.
 - `notices`: [{level, text}], the most important first; level is `alarm` or `note`.
 - `networks`: {original, repaired}, each {clean_accuracy, attack_success, recovered_accuracy}: proportions.
-- `repair`: {changed, kept, stopped, goal, steps: [{name, clean_accuracy, attack_success, recovered_accuracy,
+- `repair`: {tried, changed, kept, stopped, goal, steps: [{name, clean_accuracy, attack_success, recovered_accuracy,
   pruned_share}]}; the repair succeeded if attack success is under `goal`.
 - `layers`: [{name, kind, output_shape, parameters, pruned_share}].
 - `guard`: {detector, threshold_bits, threshold_nll, method, target_frr, frr_low, frr_high, images, note, alpha,
@@ -39,11 +39,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.calibration import scores
 from detector.consensus import LEAST_BITS
-from detector.statistics import Proportion, auroc
+from detector.statistics import auroc
 from detector.strip import is_trojaned
-from exporter.report.data import Examples, ReportData
+from exporter.report.data import Examples, ReportData, mean_bits, share
+from exporter.report.notices import notices
 
 FORMAT = 1
 _BINS = 50
@@ -52,19 +52,23 @@ _OVERLAY_COUNTS = 50
 _USUAL_SHARE = 0.05
 
 
-def document(data: ReportData) -> dict[str, Any]:
-    """Return all numbers of the report, fit for strict JSON; the keys are documented above."""
+def document(data: ReportData, version: str, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return all numbers of the report, fit for strict JSON; the keys are documented above.
+
+    Args:
+        data: what the report tells.
+        version: number of the version in the model repository.
+        provenance: what the manifest says of it; plain values only.
+    """
     calibration, threshold = data.calibration, data.calibration.threshold_bits
     detector = calibration.detector
-    held_out = _mean_bits(data.held_out_entropies_bits, detector)
-    trojaned = None if data.trojaned_entropies_bits is None else _mean_bits(data.trojaned_entropies_bits, detector)
-    changed = data.kept != data.steps[0].name
+    held_out, trojaned = data.held_out_bits, data.trojaned_bits
+    far = data.false_acceptance
     guard_roc = None
     if trojaned is None:
-        far = entropy_far = area = entropy_area = None
+        entropy_far = area = entropy_area = None
     else:
-        far = _share(~calibration.rejects(trojaned, data.trojaned_nlls))
-        entropy_far, entropy_area = _share(~is_trojaned(trojaned, threshold)), auroc(-held_out, -trojaned)
+        entropy_far, entropy_area = share(~is_trojaned(trojaned, threshold)), auroc(-held_out, -trojaned)
         area = entropy_area
         if data.held_out_nlls is not None:
             p_values = [
@@ -75,11 +79,12 @@ def document(data: ReportData) -> dict[str, Any]:
     written = {
         "format": FORMAT,
         "model": data.model_name,
-        "version": data.version,
-        "notices": _notices(data, changed, far),
+        "version": version,
+        "notices": [asdict(notice) for notice in notices(data)],
         "networks": {"original": data.before.to_json(), "repaired": data.after.to_json()},
         "repair": {
-            "changed": changed,
+            "tried": data.tried,
+            "changed": data.changed,
             "kept": data.kept,
             "stopped": data.stopped,
             "goal": data.attack_success_goal,
@@ -90,17 +95,17 @@ def document(data: ReportData) -> dict[str, Any]:
             **{name: value for name, value in calibration.to_json().items() if name != "calibration_frr"},
             "alpha": data.alpha,
             "overlays": len(data.overlays),
-            "frr": _share(calibration.rejects(held_out, data.held_out_nlls)).to_json(),
+            "frr": data.false_rejection.to_json(),
             "far": None if far is None else far.to_json(),
             "auroc": area,
         },
         "by_entropy": {
-            "frr": _share(is_trojaned(held_out, threshold)).to_json(),
+            "frr": share(is_trojaned(held_out, threshold)).to_json(),
             "far": None if entropy_far is None else entropy_far.to_json(),
             "auroc": entropy_area,
         },
         "opinions": _opinions(held_out, trojaned, data),
-        "histogram": _histogram(_mean_bits(data.calibration_entropies_bits, detector), held_out, trojaned, detector),
+        "histogram": _histogram(mean_bits(data.calibration_entropies_bits, detector), held_out, trojaned, detector),
         "roc": None if trojaned is None else {"by_entropy": _roc(held_out, trojaned), "guard": guard_roc},
         "thresholds": _thresholds(held_out, trojaned, threshold, detector),
         "overlays": _by_overlays(data),
@@ -110,59 +115,10 @@ def document(data: ReportData) -> dict[str, Any]:
         },
         "parts": [asdict(part) for part in data.parts],
         "commands": data.commands,
-        "provenance": data.provenance,
+        "provenance": provenance,
     }
     plain: dict[str, Any] = _plain(written)
     return plain
-
-
-def percent(share: float) -> str:
-    """Return a share as a percentage, to as many digits as tell it from none and from all."""
-    near_an_end = 0.0 < share < 0.0005 or 0.9995 <= share < 1.0
-    return f"{100 * share:.{2 if near_an_end else 1}f} %"
-
-
-def _notices(data: ReportData, changed: bool, far: Proportion | None) -> list[dict[str, str]]:
-    before, after = data.before.attack_success, data.after.attack_success
-    notices = []
-    if not changed:
-        text = (
-            "The repair changed nothing: what is served as the repaired network is the network as it came, with "
-            f"whatever backdoor it has. Reason: {data.stopped}."
-        )
-        notices.append(("alarm", text))
-    if after is not None and after.rate >= data.attack_success_goal:
-        text = (
-            f"The attack still succeeds on {percent(after.rate)} of the attack samples; the goal is less than "
-            f"{percent(data.attack_success_goal)}. The backdoor is not closed."
-        )
-        notices.append(("alarm", text))
-    if before is not None and before.high < 0.5:
-        text = (
-            f"The attack samples fool even the network as it came on no more than {percent(before.rate)} of them: they "
-            "hardly carry its trigger, and what is measured on them says little."
-        )
-        notices.append(("alarm", text))
-    if far is not None and far.rate > 0.5:
-        text = f"The guard lets {percent(far.rate)} of the attack samples pass: it does not detect this trigger."
-        notices.append(("alarm", text))
-    if after is None:
-        text = (
-            "No attack samples were given. Attack success, recovered accuracy and the detection of trojaned inputs "
-            "were not measured, so nothing here can say whether a backdoor was there, or is gone."
-        )
-        notices.append(("note", text))
-    return [{"level": level, "text": text} for level, text in notices]
-
-
-def _mean_bits(per_overlay: NDArray[np.floating[Any]], detector: str) -> NDArray[np.float64]:
-    """Return each image's entropy, (images,); one that is not finite is rejected at any threshold, so it is lowest."""
-    means = scores(per_overlay.astype(np.float64), detector)
-    return np.where(np.isfinite(means), means, -np.inf)
-
-
-def _share(happened: NDArray[np.bool_]) -> Proportion:
-    return Proportion(int(np.count_nonzero(happened)), len(happened))
 
 
 def _histogram(
@@ -209,7 +165,7 @@ def _thresholds(
 ) -> dict[str, Any]:
     highest = max(1.6 * threshold_bits, float(np.quantile(clean, 0.3, method="higher")))
     thresholds = _spread(detector, highest or 1.0, _THRESHOLDS)
-    rates = [_share(clean <= each) for each in thresholds]
+    rates = [share(clean <= each) for each in thresholds]
     return {
         "threshold_bits": thresholds,
         "frr": [rate.rate for rate in rates],
@@ -237,11 +193,11 @@ def _by_overlays(data: ReportData) -> dict[str, Any]:
     total = len(data.overlays)
     counts = np.unique(np.linspace(1, total, min(total, _OVERLAY_COUNTS)).round().astype(int))
     detector = data.calibration.detector
-    clean = [_mean_bits(data.held_out_entropies_bits[:, :count], detector) for count in counts]
+    clean = [mean_bits(data.held_out_entropies_bits[:, :count], detector) for count in counts]
     low = [np.quantile(entropies, share, method="lower") for entropies in clean]
     high = separation = None
     if data.trojaned_entropies_bits is not None:
-        trojaned = [_mean_bits(data.trojaned_entropies_bits[:, :count], detector) for count in counts]
+        trojaned = [mean_bits(data.trojaned_entropies_bits[:, :count], detector) for count in counts]
         high = [np.quantile(entropies, 1.0 - share, method="higher") for entropies in trojaned]
         separation = [auroc(-one, -other) for one, other in zip(clean, trojaned, strict=True)]
     return {

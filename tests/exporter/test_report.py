@@ -17,10 +17,17 @@ from scipy.integrate import trapezoid
 from detector.calibration import ThresholdRule, calibrate, normal_threshold
 from detector.statistics import Proportion
 from exporter.report import Examples, Layer, Part, ReportData, Scores, Step, write_report
-from exporter.report.document import document, percent
+from exporter.report.document import document
+from exporter.report.notices import percent
 
 OVERLAYS = 10
 FIGURES = {"repair", "histogram", "roc", "thresholds", "overlays"}
+PROVENANCE = {
+    "created": "2026-01-01T00:00:00+00:00",
+    "inputs": {"model": {"file": "bd_net.keras", "sha256": "a" * 64}},
+    "options": {"scale": "unit", "threshold_bits": None, "repair": {"method": "magnitude"}},
+    "versions": {"python": "3.11.2", "keras": "3.15.1"},
+}
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 
 
@@ -43,7 +50,6 @@ def report_data(seed: int = 0, **changes: Any) -> ReportData:
     steps += [Step(f"final epoch {n}", 0.998, 0.01 / n, 0.95, 0.5) for n in range(1, 13)]
     data = ReportData(
         model_name="bd_net.keras",
-        version="3",
         layers=(
             Layer("input", "InputLayer", (55, 47, 3), 0, None),
             Layer("conv_1", "Conv2D", (52, 44, 20), 980, 0.513),
@@ -68,12 +74,6 @@ def report_data(seed: int = 0, **changes: Any) -> ReportData:
         trojaned_examples=examples(2, 0.1),
         parts=(Part("overlays", OVERLAYS, "0" * 64), Part("calibration", 598, "1" * 64)),
         commands=(("stripwire", "export", "my net.keras", "--clean", "clean.h5"), ("stripwire", "serve", "repository")),
-        provenance={
-            "created": "2026-01-01T00:00:00+00:00",
-            "inputs": {"model": {"file": "bd_net.keras", "sha256": "a" * 64}},
-            "options": {"scale": "unit", "threshold_bits": None, "repair": {"method": "magnitude"}},
-            "versions": {"python": "3.11.2", "keras": "3.15.1"},
-        },
     )
     return dataclasses.replace(data, **changes)
 
@@ -99,6 +99,10 @@ def with_consensus(**changes: Any) -> ReportData:
         "trojaned_nlls": generator.gamma(20.0, 0.4, 990),
     }
     return dataclasses.replace(data, calibration=calibration, **(nlls | changes))
+
+
+def numbers_of(data: ReportData) -> dict[str, Any]:
+    return document(data, "3", PROVENANCE)
 
 
 class Page(HTMLParser):
@@ -134,8 +138,8 @@ class Page(HTMLParser):
         return [value for _, found, value in self.attributes if found == name]
 
 
-def written(folder: Path, data: ReportData) -> tuple[Page, dict[str, Any]]:
-    write_report(folder, data)
+def written(folder: Path, data: ReportData, version: str = "3", **changes: Any) -> tuple[Page, dict[str, Any]]:
+    write_report(folder, data, version, PROVENANCE | changes)
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -163,6 +167,7 @@ class Network(Strict):
 
 
 class RepairNumbers(Strict):
+    tried: bool
     changed: bool
     kept: str
     stopped: str
@@ -316,7 +321,7 @@ def test_the_page_can_be_read_without_seeing_it(tmp_path: Path) -> None:
 
 
 def test_figures_take_their_colours_from_the_page(tmp_path: Path) -> None:
-    write_report(tmp_path, report_data())
+    write_report(tmp_path, report_data(), "3", PROVENANCE)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     drawings = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
     assert "var(--trojaned)" in drawings
@@ -327,23 +332,21 @@ def test_hostile_names_are_only_text(tmp_path: Path) -> None:
     evil = "</title><script>alert(1)</script><img src=x onerror=alert(2)>$\\frac{"
     data = report_data()
     steps = (*data.steps[:-1], dataclasses.replace(data.steps[-1], name=evil))
-    provenance = data.provenance | {
+    provenance: dict[str, Any] = {
         "inputs": {evil: {"file": evil, "sha256": evil}},
         "options": {evil: {evil: evil}},
         "versions": {evil: evil},
     }
     hostile: dict[str, Any] = {
         "model_name": evil,
-        "version": evil,
         "layers": (Layer(evil, evil, (None, 3), 1, 0.5),),
         "steps": steps,
         "kept": evil,
         "stopped": evil,
         "parts": (Part(evil, 1, evil),),
         "commands": ((evil, evil),),
-        "provenance": provenance,
     }
-    page, numbers = written(tmp_path, dataclasses.replace(data, **hostile))
+    page, numbers = written(tmp_path, dataclasses.replace(data, **hostile), evil, **provenance)
     assert "script" not in page.tags
     assert page.values("onerror") == []
     assert page.tags.count("img") == 3 * 4
@@ -392,7 +395,7 @@ def test_one_overlay_and_no_repair_leave_nothing_to_compare(tmp_path: Path) -> N
 
 
 def levels(data: ReportData) -> list[str]:
-    return [notice["level"] for notice in document(data)["notices"]]
+    return [notice["level"] for notice in numbers_of(data)["notices"]]
 
 
 def test_a_good_repair_raises_no_alarm() -> None:
@@ -407,8 +410,39 @@ def test_an_attack_that_still_succeeds_is_an_alarm(successes: int, alarms: int) 
 
 def test_a_repair_that_changed_nothing_is_an_alarm(tmp_path: Path) -> None:
     page, numbers = written(tmp_path, report_data(kept="as received", stopped="round 1 lost too much"))
-    assert numbers["repair"]["changed"] is False
-    assert "The repair changed nothing" in page.text
+    assert (numbers["repair"]["tried"], numbers["repair"]["changed"]) == (True, False)
+    assert "No step of the repair stayed within the allowed drop" in page.text
+    assert "The repair ended because: round 1 lost too much." in page.text
+
+
+def test_where_nothing_was_repaired_no_text_talks_of_a_repair(tmp_path: Path) -> None:
+    data = report_data()
+    unrepaired: dict[str, Any] = {
+        "steps": data.steps[:1],
+        "kept": "as received",
+        "stopped": "no repair was asked for",
+        "after": data.before,
+    }
+    page, numbers = written(tmp_path, report_data(**unrepaired))
+    assert (numbers["repair"]["tried"], numbers["repair"]["changed"]) == (False, False)
+    texts = [notice["text"] for notice in numbers["notices"]]
+    assert texts[0].startswith("Nothing was repaired, as asked: what is served as the repaired network is the network")
+    assert texts[1].startswith("The attack succeeds on 99.7 % (99.1-99.9, n=990) of the attack samples. Try a --repair")
+    assert "Steps of the repair" not in page.text
+    assert "Before and after" not in page.text
+    assert "Stripwire calibrated a guard on this network" in page.text
+    assert "the repaired one" not in page.text
+    assert "pruned" not in page.text
+
+
+def test_many_steps_are_folded_but_for_the_first_the_kept_and_the_last(tmp_path: Path) -> None:
+    page, numbers = written(tmp_path, report_data(kept="final epoch 6"))
+    assert page.tags.count("details") == 1
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    rows = re.findall(r'<th scope="row">(.*?)</th>', html[html.index("It ended because") : html.index("All 18 steps")])
+    names = [step["name"] for step in numbers["repair"]["steps"]]
+    assert rows == [*names[:8], "final epoch 6 (kept)", names[-1]]
+    assert "details" not in written(tmp_path, report_data(kept="round 2", steps=report_data().steps[:9]))[0].tags
 
 
 def test_attack_samples_that_do_not_attack_are_an_alarm() -> None:
@@ -421,10 +455,31 @@ def test_a_guard_that_lets_the_attack_pass_is_an_alarm() -> None:
     assert levels(report_data(trojaned_entropies_bits=data.held_out_entropies_bits)) == ["alarm"]
 
 
+def test_a_guard_that_certainly_misses_a_tenth_of_the_attack_says_what_to_try() -> None:
+    high = np.arange(990) < 150
+    entropies = np.where(high[:, None], 9.0, 0.0) + np.zeros((990, OVERLAYS))
+    numbers = numbers_of(report_data(trojaned_entropies_bits=entropies))
+    assert numbers["guard"]["far"]["successes"] == 150
+    (notice,) = numbers["notices"]
+    assert notice["text"].startswith("The guard lets 15.2 % (13.0-17.5, n=990) of the attack samples pass (FAR)")
+    assert "--detector consensus" in notice["text"]
+    consensus = with_consensus(trojaned_entropies_bits=entropies, trojaned_nlls=np.zeros(990))
+    assert "--detector consensus" not in numbers_of(consensus)["notices"][0]["text"]
+    few = np.where(high[:, None] & (np.arange(990) < 100)[:, None], 9.0, 0.0) + np.zeros((990, OVERLAYS))
+    assert levels(report_data(trojaned_entropies_bits=few)) == []
+
+
+def test_a_network_that_is_mostly_wrong_on_clean_images_is_an_alarm() -> None:
+    before = Scores(Proportion(180, 450), Proportion(987, 990), None)
+    (notice,) = numbers_of(report_data(before=before))["notices"]
+    assert "right on no more than 40.0 % (35.4-44.7, n=450) of the clean images" in notice["text"]
+    assert "classes.txt" in notice["text"]
+
+
 def small(held_out: list[float], trojaned: list[float]) -> dict[str, Any]:
     """Return the numbers where each image has one entropy and the threshold is 1 bit."""
     calibration = dataclasses.replace(report_data().calibration, threshold_bits=1.0)
-    return document(
+    return numbers_of(
         report_data(
             calibration=calibration,
             overlays=report_data().overlays[:1],
@@ -451,7 +506,7 @@ def test_rates_and_curves_by_hand() -> None:
 
 
 def test_the_area_under_the_curve_is_the_auroc() -> None:
-    numbers = document(report_data())
+    numbers = numbers_of(report_data())
     area = trapezoid(numbers["roc"]["by_entropy"]["detection_rate"], numbers["roc"]["by_entropy"]["frr"])
     assert area == pytest.approx(numbers["guard"]["auroc"])
 
@@ -494,6 +549,5 @@ def test_a_range_that_promises_nothing_is_not_shown_as_one_that_does(tmp_path: P
     ],
 )
 def test_what_the_network_returned_is_said(tmp_path: Path, outputs: str, sentence: str) -> None:
-    data = report_data()
-    page, _ = written(tmp_path, dataclasses.replace(data, provenance={**data.provenance, "network_outputs": outputs}))
+    page, _ = written(tmp_path, report_data(), network_outputs=outputs)
     assert sentence in page.text
