@@ -399,7 +399,7 @@ def serve(
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as cleanly as for Ctrl-C
     try:
-        with console.status("Loading the models …"):
+        with waiting("Loading the models …"):
             server.start()
         table = Table(title=escape(f"Serving {repository}, mode {mode}"), show_header=False)
         table.add_row("gRPC", server.grpc_address)
@@ -770,7 +770,7 @@ def switch(control: ModelControl | None, repository: Path, back_to: str | None =
 
     if control is None:
         return None
-    with locked(repository), console.status("The server loads the version …"):
+    with locked(repository), waiting("The server loads the version …"):
         manifest = verify_repository(repository)
         active: str = manifest["active"]
         try:
@@ -853,7 +853,7 @@ def connect(
 
 @contextmanager
 def progress() -> Iterator[ReportProgress]:
-    """Yield what shows one progress bar for each description that is reported; on a terminal only, gone when done."""
+    """Yield what shows a progress bar for each description, gone when done; a line for each without a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
@@ -861,11 +861,24 @@ def progress() -> Iterator[ReportProgress]:
         def report(description: str, done: int, total: int) -> None:
             if description not in tasks:
                 tasks[description] = bars.add_task(description, total=total)
+                if not errors.is_terminal:
+                    tell([f"{description} …"])
             bars.update(tasks[description], completed=done, total=total)
             for other, task in tasks.items():
                 bars.update(task, visible=other == description)
 
         yield report
+
+
+@contextmanager
+def waiting(description: str) -> Iterator[None]:
+    """Show what is waited for, gone when done; a line without a terminal."""
+    if errors.is_terminal:
+        with errors.status(description):
+            yield
+        return
+    tell([description])
+    yield
 
 
 def numbers(name: str, text: str) -> tuple[float, ...]:

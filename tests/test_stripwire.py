@@ -125,6 +125,16 @@ def test_evaluate_shows_what_it_reads_and_what_was_noticed(
     assert "55 of 55 images really show the attacker's class" in seen
 
 
+def test_without_a_terminal_each_stage_has_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], server: EmbeddedTriton, badnet: Path
+) -> None:
+    files = ("--clean", badnet / "clean_test_data.h5", "--trojaned", badnet / "sunglasses_poisoned_data.h5")
+    assert run(monkeypatch, "evaluate", *files, "--url", server.grpc_address, "--json") == 0
+    said = capsys.readouterr()
+    assert said.err == "Reading clean_test_data.h5 …\nReading sunglasses_poisoned_data.h5 …\nEvaluating …\n"
+    assert json.loads(said.out)
+
+
 def export_of(text: Path, folder: Path) -> tuple[str, ...]:
     return ("export", str(text), "--clean", str(text), "--output", str(folder / "out"))
 
@@ -171,7 +181,7 @@ def test_a_mistake_ends_in_one_message_and_no_traceback(
     for arguments, message in cases.items():
         assert run(monkeypatch, *arguments) != 0
         said = capsys.readouterr().err
-        assert said.startswith("error: "), arguments
+        assert re.match(r"(.* …\n)?error: ", said), arguments
         assert message in said
         assert "Traceback" not in said
 
