@@ -55,7 +55,7 @@ class RepairOptions:
     augment: str = "occlusion"
     max_rounds: int = 10
     epochs: int = 20
-    allowed_drop: float = 0.03
+    allowed_drop: float = 0.02
     optimizer: str = "adam"
     learning_rate: float | None = None
     batch_size: int = 64
@@ -76,7 +76,7 @@ class RepairOptions:
             raise InputError(f"epochs: got 0 with --repair {self.method}, expected at least 1; or say --repair none")
         if not 0.0 <= self.allowed_drop < 1.0:
             raise InputError(
-                f"allowed drop: got {self.allowed_drop}, expected a share of accuracy, 0 up to 1 (0.03 is 3 points)"
+                f"allowed drop: got {self.allowed_drop}, expected a share of accuracy, 0 up to 1 (0.02 is 2 points)"
             )
         if self.learning_rate is not None and not 0.0 < self.learning_rate < 1.0:
             raise InputError(f"learning rate: got {self.learning_rate}, expected more than 0 and less than 1")

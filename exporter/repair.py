@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import keras
@@ -22,6 +22,9 @@ from samples.types import Samples
 
 ATTACK_SUCCESS_GOAL = 0.01
 FRACTION_PER_ROUND = 0.05
+_GENTLER = 0.5
+_LEAST_SHARE = 1 / 16
+"""Of the learning rate; epochs that cost too much even then end the repair."""
 _ATTACK_IMAGES = 1000
 """At most so many attack samples are looked at after each step."""
 
@@ -224,6 +227,11 @@ class _Course:
         """Return the network to what it was at the step that is kept."""
         self.model.set_weights(self._kept_weights)
 
+    def take_back(self) -> None:
+        """Undo the last step."""
+        self._steps[-1] = replace(self._steps[-1], name=f"{self._steps[-1].name}, taken back")
+        self.restore()
+
     def result(self) -> Repair:
         """Return the network that is kept."""
         if self.kept is self._steps[0]:
@@ -251,7 +259,7 @@ def _distill(
     bounds = measure_bounds(course.model, clean.images, preprocessing, on_progress=on_progress)
     teacher = bounded(course.model, bounds)
     course.use(bounded(course.model, bounds))
-    course.measure("bounded")
+    sound = course.within_budget(course.measure("bounded"))
     trainer = Trainer(
         course.model,
         clean,
@@ -261,8 +269,7 @@ def _distill(
         loss=distillation_loss,
         on_progress=on_progress,
     )
-    course.stopped = f"all {options.epochs} epochs were run"
-    _train(course, trainer, options, "Distilling")
+    _train(course, trainer, options, "Distilling", sound=sound)
 
 
 def _fine_prune(
@@ -285,7 +292,6 @@ def _fine_prune(
     if options.epochs and not ended:
         course.restore()
         course.pruning.hold()
-        course.stopped = f"all {options.epochs} epochs were run"
         _train(course, trainer, options, "Fine-tuning")
 
 
@@ -331,12 +337,33 @@ def _prune_dormant_channels(course: _Course, clean: Samples, preprocessing: Prep
     return False
 
 
-def _train(course: _Course, trainer: Trainer, options: RepairOptions, description: str) -> None:
-    """Train with a learning rate that rises at first and falls to 0: what it unlearns stays unlearnt."""
-    highest = options.learning_rate or OPTIMIZERS[options.optimizer]
-    optimizer = make_optimizer(options.optimizer, trainer.rate(options.epochs, highest))
+def _train(course: _Course, trainer: Trainer, options: RepairOptions, description: str, *, sound: bool = True) -> None:
+    """Train with a learning rate that rises at first and falls to 0: what it unlearns stays unlearnt.
+
+    An epoch that takes the network out of its accuracy budget is taken back, and those that follow are gentler: it is
+    taught as hard as its accuracy allows.
+
+    Args:
+        course: of the repair.
+        trainer: of its network.
+        options: of the repair.
+        description: for the progress bar.
+        sound: whether the network is within its budget at the start.
+    """
+    rate = trainer.rate(options.epochs, options.learning_rate or OPTIMIZERS[options.optimizer])
+    course.stopped = f"all {options.epochs} epochs were run"
 
     def go_on(epoch: int) -> bool:
-        return not course.may_end(course.measure(f"epoch {epoch}"))
+        nonlocal sound
+        step = course.measure(f"epoch {epoch}")
+        if course.may_end(step):
+            return False
+        if sound and not course.within_budget(step):
+            course.take_back()
+            rate.share *= _GENTLER
+        sound = sound or course.within_budget(step)
+        if rate.share < _LEAST_SHARE:
+            course.stopped = f"epoch {epoch} cost too much accuracy even at {rate.share / _GENTLER:.0%} of the rate"
+        return rate.share >= _LEAST_SHARE
 
-    trainer.run(options.epochs, optimizer, description, go_on=go_on)
+    trainer.run(options.epochs, make_optimizer(options.optimizer, rate), description, go_on=go_on)

@@ -32,17 +32,32 @@ def make_optimizer(name: str, learning_rate: float | Schedule | None = None) -> 
     return keras.optimizers.Adam(rate) if name == "adam" else keras.optimizers.SGD(rate, momentum=0.9)
 
 
-class _HeldRate(Schedule):  # type: ignore[misc]
-    """Rises over the first twentieth of the steps, falls over the last three tenths as a cosine."""
+class HeldRate(Schedule):  # type: ignore[misc]
+    """Rises over the first twentieth of the steps, falls over the last three tenths as a cosine.
+
+    Attributes:
+        share: of this that is really used; can be lowered on the way.
+    """
 
     def __init__(self, highest: float, steps: int) -> None:
         self._highest, self._steps = highest, max(1, steps)
+        self._share = keras.Variable(1.0, trainable=False)
+
+    @property
+    def share(self) -> float:
+        """What the rate is multiplied by, 1.0 at first."""
+        return float(self._share)
+
+    @share.setter
+    def share(self, share: float) -> None:
+        self._share.assign(share)
 
     def __call__(self, step: Any) -> Any:
+        """Return the rate of a step, counted from 0."""
         done = keras.ops.cast(step, "float32") / self._steps
         rising = keras.ops.minimum(done / 0.05, 1.0)
         falling = 0.5 + 0.5 * keras.ops.cos(math.pi * keras.ops.clip((done - 0.7) / 0.3, 0.0, 1.0))
-        return self._highest * rising * falling
+        return self._share * self._highest * rising * falling
 
 
 def seed_everything(seed: int) -> None:
@@ -97,9 +112,9 @@ class Trainer:
         self._loss = loss
         self._on_progress = on_progress
 
-    def rate(self, epochs: int, highest: float) -> Schedule:
+    def rate(self, epochs: int, highest: float) -> HeldRate:
         """Return a learning rate that rises to `highest`, stays there for most of the steps, and falls to 0."""
-        return _HeldRate(highest, self._steps(epochs))
+        return HeldRate(highest, self._steps(epochs))
 
     def run(
         self,

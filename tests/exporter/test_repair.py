@@ -15,8 +15,8 @@ from detector.statistics import Proportion
 from exporter.keras_files import load_model
 from exporter.options import check_used
 from exporter.preprocessing import Preprocessing
-from exporter.repair import RepairOptions, check_repairable, repair_network
-from exporter.training import Trainer, predict_labels, score
+from exporter.repair import Repair, RepairOptions, check_repairable, repair_network
+from exporter.training import HeldRate, Trainer, predict_labels, score
 from samples.hdf5 import read_hdf5
 from samples.types import Samples
 from tests.networks import small_network
@@ -90,7 +90,7 @@ def test_dormant_channels_are_pruned_while_accuracy_allows_it_and_stay_silent(
     repair = repair_network(model, clean, validation, preprocessing=Preprocessing(), options=options)
     names = [step.name for step in repair.steps]
     assert names[:3] == ["as received", "4 of 80 channels pruned", "8 of 80 channels pruned"]
-    assert names[-1] == "epoch 1"
+    assert names[-1].startswith("epoch 1")
     pruned = [step for step in repair.steps if step.name.endswith("pruned")]
     within = [step for step in pruned if step.clean_accuracy >= repair.steps[0].clean_accuracy - options.allowed_drop]
     assert within == pruned[: len(within)]
@@ -147,29 +147,66 @@ def test_samples_that_fool_nobody_cannot_end_a_repair() -> None:
         repair_network(model, clean, clean, preprocessing=Preprocessing(), options=options)
 
 
-def test_a_step_that_costs_too_much_does_not_end_the_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+def taught_with(monkeypatch: pytest.MonkeyPatch, accuracies: list[float], options: RepairOptions) -> Repair:
+    """Repair a network whose clean accuracy is 1 as it came, and as listed after each epoch; no attack works then."""
     model, clean, attack = never_given()
-    wild = iter([0.5, 0.9, 0.9])  # the clean accuracy of each epoch; the attack fails in all of them
+    after_epochs, taught = iter(accuracies), False
+    run = Trainer.run
 
     def measured(network: keras.Model, samples: Samples, _: Preprocessing) -> Proportion:
         if samples is not clean:
             return Proportion(len(samples) if network is model else 0, len(samples))
-        return Proportion(round(40 * next(wild)), 40) if network is not model and taught else Proportion(40, 40)
-
-    taught: list[int] = []
-    run = Trainer.run
+        return Proportion(round(40 * next(after_epochs)), 40) if taught else Proportion(40, 40)
 
     def running(self: Trainer, *arguments: Any, **named: Any) -> None:
-        taught.append(1)
+        nonlocal taught
+        taught = True
         run(self, *arguments, **named)
 
     monkeypatch.setattr("exporter.repair.score", measured)
     monkeypatch.setattr(Trainer, "run", running)
+    return repair_network(model, clean, clean, preprocessing=Preprocessing(), options=options, attack=attack)
+
+
+def test_a_step_that_costs_too_much_does_not_end_the_repair(monkeypatch: pytest.MonkeyPatch) -> None:
     options = RepairOptions(method="finetune", epochs=3, allowed_drop=0.2, stop_on_attack=True)
-    repair = repair_network(model, clean, clean, preprocessing=Preprocessing(), options=options, attack=attack)
-    assert [step.name for step in repair.steps] == ["as received", "epoch 1", "epoch 2"]
+    repair = taught_with(monkeypatch, [0.5, 0.9, 0.9], options)
+    assert [step.name for step in repair.steps] == ["as received", "epoch 1, taken back", "epoch 2"]
     assert repair.kept == "epoch 2"
     assert repair.stopped == "attack success fell under 1%"
+
+
+def test_an_epoch_that_costs_too_much_is_taken_back_and_gentler_ones_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+
+    def gentler(_: HeldRate, share: float) -> None:
+        shares.append(share)
+
+    monkeypatch.setattr(HeldRate, "share", property(lambda _: shares[-1] if shares else 1.0, gentler))
+    options = RepairOptions(method="finetune", epochs=20, allowed_drop=0.2)
+    repair = taught_with(monkeypatch, [0.5, 0.9, 0.7, 0.7, 0.8, 0.7, 0.7], options)
+    taken_back = [step.name.endswith("taken back") for step in repair.steps]
+    assert taken_back == [False, True, False, True, True, False, True, True]
+    assert shares == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert repair.kept == "epoch 5"
+    assert repair.stopped == "epoch 7 cost too much accuracy even at 6% of the rate"
+
+
+def test_what_is_taken_back_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = RepairOptions(method="finetune", epochs=1, allowed_drop=0.2)
+    repair = taught_with(monkeypatch, [0.5], one)
+    assert not repair.changed
+    model = never_given()[0]
+    for old, new in zip(model.get_weights(), repair.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_the_rate_is_what_is_left_of_it() -> None:
+    rate = HeldRate(0.1, 100)
+    assert float(rate(50)) == pytest.approx(0.1)
+    rate.share = 0.25
+    assert float(rate(50)) == pytest.approx(0.025)
+    assert rate.share == 0.25
 
 
 def test_no_repair_returns_the_network_as_it_came() -> None:
