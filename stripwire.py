@@ -680,10 +680,11 @@ def repair_table(result: Export) -> Table:
     repair = result.repair
     table = Table(title=f"Repair ({repair.stopped})")
     table.add_column("")
-    table.add_column("pruned", justify="right")
+    pruned = any(step.pruned_share for step in repair.steps)
+    if pruned:
+        table.add_column("pruned", justify="right")
     table.add_column(f"clean accuracy (n={result.split_sizes['validation']})", justify="right")
-    with_attack = repair.steps[0].attack_success is not None
-    if with_attack:
+    if repair.steps[0].attack_success is not None:
         table.add_column("attack success", justify="right")
     for index in excerpt(repair.steps, repair.kept):
         if index is None:
@@ -692,7 +693,9 @@ def repair_table(result: Export) -> Table:
         step = repair.steps[index]
         kept = step.name == repair.kept
         cells = [f"{step.name}, kept" if kept else step.name]
-        cells += [f"{step.pruned_share:.1%}", f"{step.clean_accuracy:.2%}"]
+        if pruned:
+            cells.append(f"{step.pruned_share:.1%}")
+        cells.append(f"{step.clean_accuracy:.2%}")
         if step.attack_success is not None:
             cells.append(f"{step.attack_success:.2%}")
         table.add_row(*cells, style="bold" if kept else None)

@@ -23,6 +23,7 @@ import stripwire
 from client.api import GuardedClient
 from deploy.embedded.server import EmbeddedTriton
 from detector.calibration import METHODS, Calibration
+from detector.errors import InputError, StripwireError
 from detector.serving import MODES, read_thresholds
 from exporter import repository as repositories
 from exporter.augmentation import AUGMENTATIONS
@@ -234,6 +235,24 @@ def test_what_makes_no_sense_is_refused_before_tensorflow_is_loaded(
     assert refused.returncode == 2
     assert message in refused.stderr
     assert refused.stdout == "[]\n"
+
+
+def kinds(error: type[StripwireError]) -> Iterator[type[StripwireError]]:
+    yield error
+    for kind in error.__subclasses__():
+        yield from kinds(kind)
+
+
+@pytest.mark.parametrize("error", list(kinds(StripwireError)))
+def test_the_exit_status_tells_what_cannot_be_used_from_what_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: type[StripwireError]
+) -> None:
+    def fail() -> None:
+        raise error("what: got one thing, expected another")
+
+    monkeypatch.setattr(stripwire, "app", fail)
+    assert run(monkeypatch) == (2 if issubclass(error, InputError) else 1)
+    assert capsys.readouterr().err == "error: what: got one thing, expected another\n"
 
 
 def test_a_missing_extra_is_named_with_how_to_install_it(
