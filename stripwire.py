@@ -268,7 +268,7 @@ def export(
     augment: Annotated[Augment, typer.Option(help="Of fine-tuning images; distill has its own.")] = "occlusion",
     max_rounds: Annotated[int, typer.Option(help="Of magnitude: rounds of pruning, at most.")] = 10,
     epochs: Annotated[int, typer.Option(help="Of distillation, or after pruning.")] = 20,
-    allowed_drop: Annotated[float, typer.Option(help="Clean validation accuracy that may be lost, 0..1.")] = 0.02,
+    allowed_drop: Annotated[float, typer.Option(help="Clean validation accuracy that may be lost, 0..1.")] = 0.01,
     optimizer: Annotated[Optimizer, typer.Option(help="Of fine-tuning; sgd has a momentum of 0.9.")] = "adam",
     learning_rate: Annotated[
         float | None, typer.Option(help="At its highest; default 0.001 with adam, 0.01 with sgd.")
