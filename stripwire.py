@@ -53,7 +53,7 @@ _SURE = (
     f"the threshold is under {_NEARLY_NOTHING_BITS:g} bits: the network is so sure of whatever it is shown that STRIP "
     "has little to go by. Is it fed as it was trained (--scale, --mean, --std)? If so, see --detector consensus"
 )
-ALONE = "the repair changed nothing, so the repaired network is not asked: the entropy decides alone"
+ALONE = "no repair changed the network, so there is no second one to ask: the entropy decides alone"
 
 ReportProgress = Callable[[str, int, int], None]
 
