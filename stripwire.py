@@ -53,7 +53,7 @@ _SURE = (
     f"the threshold is under {_NEARLY_NOTHING_BITS:g} bits: the network is so sure of whatever it is shown that STRIP "
     "has little to go by. Is it fed as it was trained (--scale, --mean, --std)? If so, see --detector consensus"
 )
-ALONE = "the repair changed nothing, so the repaired network is not asked: the entropy decides alone"
+ALONE = "no repair changed the network, so there is no second one to ask: the entropy decides alone"
 
 ReportProgress = Callable[[str, int, int], None]
 
@@ -360,7 +360,7 @@ def export(
     console.print(scores_table(result))
     calibration = result.calibration
     console.print(
-        f"Threshold {thresholds(calibration)} from {calibration.images} clean images: {rejections(calibration)}."
+        f"Threshold {thresholds(calibration)}, from {calibration.images} clean images: {rejections(calibration)}."
     )
     say(detection(result))
     say(f"Version {result.version} written to {output}; all about it in {result.report}. Next:")
@@ -642,12 +642,15 @@ def evaluate(
     if result.auroc is not None:
         console.print(f"AUROC of the entropy: {result.auroc:.4f}; of the p-value: {result.auroc_of_p_value:.4f}")
     if result.auroc is not None and result.auroc < 0.5:
-        warn("trojaned images have the higher entropies; are --clean and --trojaned swapped?")
+        warn(
+            "the entropy does not tell trojaned images from clean ones: STRIP does not see the trigger, or --clean and "
+            "--trojaned are swapped"
+        )
 
 
 def thresholds(calibration: Calibration) -> str:
     """Say what is rejected at or beyond."""
-    nll = "" if calibration.threshold_nll is None else f", or an nll of {calibration.threshold_nll:.4f} nats,"
+    nll = "" if calibration.threshold_nll is None else f", or an nll of {calibration.threshold_nll:.4f} nats"
     return f"{calibration.threshold_bits:.4f} bits{nll}"
 
 
