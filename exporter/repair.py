@@ -22,7 +22,7 @@ from samples.types import Samples
 
 ATTACK_SUCCESS_GOAL = 0.01
 FRACTION_PER_ROUND = 0.05
-_GENTLER = 0.5
+_GENTLER, _BOLDER = 0.5, 1.5
 _LEAST_SHARE = 1 / 16
 """Of the learning rate; epochs that cost too much even then end the repair."""
 _ATTACK_IMAGES = 1000
@@ -344,8 +344,8 @@ def _prune_dormant_channels(course: _Course, clean: Samples, preprocessing: Prep
 def _train(course: _Course, trainer: Trainer, options: RepairOptions, description: str, *, sound: bool = True) -> None:
     """Train with a learning rate that rises at first and falls to 0: what it unlearns stays unlearnt.
 
-    An epoch that loses twice the accuracy that is allowed is taken back, and those that follow are gentler: the network
-    is taught as hard as its accuracy allows.
+    An epoch that loses twice the accuracy that is allowed is taken back, and the next one is gentler; after one that
+    loses no more than is allowed, the next is bolder again. So the network is taught as hard as its accuracy allows.
 
     Args:
         course: of the repair.
@@ -365,7 +365,9 @@ def _train(course: _Course, trainer: Trainer, options: RepairOptions, descriptio
         if sound and not course.may_recover(step):
             course.take_back()
             rate.share *= _GENTLER
-        sound = sound or course.within_budget(step)
+        elif course.within_budget(step):
+            sound = True
+            rate.share = min(1.0, rate.share * _BOLDER)
         if rate.share < _LEAST_SHARE:
             course.stopped = f"epoch {epoch} cost too much accuracy even at {rate.share / _GENTLER:.0%} of the rate"
         return rate.share >= _LEAST_SHARE
