@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.detection.cases import OVERLAYS, SEED, TARGETS, Material, Report, some
+from benchmarks.detection.cases import JOINED, OVERLAYS, SEED, TARGETS, Material, Report, some
 from benchmarks.detection.detectors import Measured, compared, judge
 from detector.calibration import calibrate, least_images
 from detector.statistics import Proportion, auroc
@@ -26,8 +26,6 @@ from samples.types import Samples
 
 ALPHAS = (0.5, 0.7)
 SWEPT_TARGETS = TARGETS[1:]
-JOINED = ("bounds", "distill")
-"""Repairs that are joined with the detector `consensus`."""
 
 
 def measure(material: Material, file: Path, *, images: int, only: tuple[str, ...] = (), report: Report) -> None:
