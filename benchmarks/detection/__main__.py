@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import benchmarks.detection
 from benchmarks.detection.cases import CASES, JOINED, QUICK, QUICK_IMAGES
 from benchmarks.detection.measure import measure
-from benchmarks.detection.tables import read_results, tables, write_csv
+from benchmarks.detection.plots import draw
+from benchmarks.detection.tables import read_results, rows, tables, write_csv
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -35,6 +36,7 @@ def run(
     if case == "tables":
         results = read_results(output)
         write_csv(output, results)
+        draw(output, rows(results))
         Console(soft_wrap=True).print(tables(results), markup=False, highlight=False)
         return
     if quick and output.resolve() == RESULTS.resolve():

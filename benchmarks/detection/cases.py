@@ -186,20 +186,20 @@ def csaw(weights: str, scale: str) -> Load:
 
 
 def _cases() -> dict[str, Case]:
-    cases = {
-        "faces-100": Case("faces-100", "sunglasses", faces(100, "sunglasses"), whole=True),
+    cases = {"faces-100": Case("faces-100", "sunglasses", faces(100, "sunglasses"), whole=True)}
+    for attack in PLANS:
+        for seed in SEEDS if attack != "sunglasses" else SEEDS[1:]:  # the first one is above
+            cases[f"faces-100-{attack}-{seed}"] = Case("faces-100", attack, faces(100, attack, seed), seed)
+    cases |= {
         "faces-1283": Case("faces-1283", "sunglasses", faces(1283, "sunglasses"), whole=True),
+        "faces-1283-patch": Case("faces-1283", "patch", faces(1283, "patch")),
         "csaw-sunglasses": Case("csaw", "sunglasses", csaw("sunglasses_bd_weights.h5", "unit"), whole=True),
         "csaw-lab3": Case("csaw", "lab3", csaw("lab3_bd_weights.h5", "raw"), whole=True),
         "signs-patch": Case("signs", "patch", signs("patch"), whole=True),
-        "signs-blended": Case("signs", "blended-0.2", signs("blended-0.2"), whole=True),
-        "signs-two": Case("signs", "two", signs("two"), whole=True),
         "signs-patch-resnet": Case("signs, ResNet", "patch", signs("patch", "resnet"), whole=True),
-        "faces-1283-patch": Case("faces-1283", "patch", faces(1283, "patch")),
+        "signs-two": Case("signs", "two", signs("two"), whole=True),
+        "signs-blended": Case("signs", "blended-0.2", signs("blended-0.2"), whole=True),
     }
-    for attack in PLANS:
-        for seed in SEEDS if attack != "sunglasses" else SEEDS[1:]:
-            cases[f"faces-100-{attack}-{seed}"] = Case("faces-100", attack, faces(100, attack, seed), seed)
     for attack in ("blended-0.1", "all-to-all", "source-specific", "clean-label", "warped", "adaptive"):
         cases[f"signs-{attack}"] = Case("signs", attack, signs(attack))
     return cases

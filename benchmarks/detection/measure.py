@@ -84,7 +84,7 @@ def _measure_repair(material: Material, method: str, results: dict[str, Any], re
     graph = repaired_graph(to_onnx(repaired.model), material.preprocessing)
     _write(kept, graph.SerializeToString())
     # What was found out with the network of before is not true of this one.
-    results.setdefault("detectors", {}).pop(f"consensus, {method}", None)
+    results.setdefault("detectors", {}).pop(f"consensus + {method}", None)
     results["repairs"][method] = {
         **_rates(repaired.model, material),
         "options": asdict(options),
