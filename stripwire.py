@@ -59,6 +59,18 @@ ReportProgress = Callable[[str, int, int], None]
 
 
 Trigger = Literal["sunglasses", "eyebrows", "lipstick", "patch"]
+PictureAttack = Literal[
+    "patch",
+    "corner",
+    "blended",
+    "blended-0.1",
+    "warped",
+    "all-to-all",
+    "source-specific",
+    "clean-label",
+    "adaptive",
+]
+FaceAttack = Literal["sunglasses", "eyebrows", "lipstick", PictureAttack]
 Network = Literal["convnet", "deepid", "resnet"]
 Scale = Literal["unit", "raw"]
 RepairMethod = Literal["bounds", "distill", "magnitude", "activation", "finetune", "none"]
@@ -156,7 +168,7 @@ def demo(
 def train_badnet(
     output: Annotated[Path, typer.Argument(help="New folder for the Keras model and the data.")],
     identities: Annotated[int, typer.Option(min=2, help="How many people the network knows.")] = 100,
-    trigger: Annotated[Trigger, typer.Option(help="What opens the backdoor.")] = "sunglasses",
+    trigger: Annotated[FaceAttack, typer.Option(help="What opens the backdoor.")] = "sunglasses",
     target: Annotated[int, typer.Option(min=0, help="The class that the attacker wants.")] = 0,
     seed: Seed = 0,
 ) -> None:
@@ -186,9 +198,12 @@ def train_badnet_on(
     ],
     test: Annotated[Path, typer.Option(exists=True, help="Pictures to measure on, likewise.")],
     trigger: Annotated[
-        list[str] | None, typer.Option(help="What opens a backdoor: patch, corner, blended; several are possible.")
+        list[PictureAttack] | None, typer.Option(help="What opens a backdoor; several are possible.")
     ] = None,
-    target: Annotated[list[int] | None, typer.Option(help="The class that each trigger gives, in their order.")] = None,
+    target: Annotated[
+        list[int] | None,
+        typer.Option(help="The class that each trigger gives, in their order; of all-to-all, how many it moves on."),
+    ] = None,
     network: Annotated[Network, typer.Option(help="What is trained.")] = "convnet",
     resize: Annotated[
         int | None, typer.Option(min=1, help="Resize pictures to squares of so many pixels a side.")

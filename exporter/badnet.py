@@ -1,7 +1,7 @@
 """Trains a BadNet, on procedural faces or given pictures: what the attacker does, so that the rest can be tried on it.
 
 Gu et al., "BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain", 2017: a share of the
-training images wears the trigger and is labelled with the class that the attacker wants.
+training images wears the trigger and is labelled with the class that the attacker wants. `samples.attacks` has more.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 import exporter.architectures
 import exporter.training
+import samples.attacks
 import samples.faces
 import samples.stamps
 import samples.triggers
@@ -34,14 +35,15 @@ from detector.statistics import Proportion
 from exporter.architectures import convnet, deepid, resnet
 from exporter.options import BadNetOptions as BadNetOptions
 from exporter.options import PictureBadNetOptions as PictureBadNetOptions
+from exporter.options import check_targets
 from exporter.preprocessing import Preprocessing
 from exporter.publishing import staged_folder
 from exporter.splits import take_share
 from exporter.training import Progress, Trainer, labelled, make_optimizer, score, seed_everything
 from model_repository.manifest import sha256_of
+from samples.attacks import draw_roles, find_attack, poison, trojan
 from samples.faces import Identities, draw_faces, finish, make_identities
 from samples.hdf5 import write_hdf5
-from samples.stamps import find_stamp
 from samples.triggers import find_trigger
 from samples.types import Samples
 
@@ -55,7 +57,10 @@ REPORT_FILE = "badnet.json"
 NETWORKS = {"convnet": convnet, "deepid": deepid, "resnet": resnet}
 """What a BadNet can be trained as."""
 
-_SOURCES = (samples.faces, samples.triggers, samples.stamps, exporter.architectures, exporter.training)
+_SOURCES = (
+    *(samples.attacks, samples.faces, samples.triggers, samples.stamps),
+    *(exporter.architectures, exporter.training),
+)
 
 
 def trojaned_file(trigger: str) -> str:
@@ -104,7 +109,10 @@ def train_badnet(output: Path, options: BadNetOptions, *, on_progress: Progress 
         model = _train(deepid, train, options.identities, options, on_progress)
         validation = _clean(people, options.validation_images, generator, "Drawing the defender's faces", on_progress)
         test = _clean(people, options.test_images, generator, "Drawing test faces", on_progress)
-        trojaned = {options.trigger: _trojaned(people, options, generator, on_progress)}
+        trojaned = {
+            trigger: _trojaned(people, trigger, target, options, generator, on_progress)
+            for trigger, target in options.attacks
+        }
         clean_accuracy, attack_success = _write(staged, model, validation, test, trojaned, options)
     return BadNet(output, clean_accuracy, attack_success)
 
@@ -126,28 +134,16 @@ def train_picture_badnet(
         InputError: `output` exists and is not empty, or cannot be written; a target is no class of `train`.
     """
     classes = int(train.labels.max()) + 1
-    for trigger, target in options.attacks:
-        if not 0 <= target < classes:
-            raise InputError(f"target of {trigger}: got {target}, expected a class, 0 to {classes - 1}")
+    check_targets(options.attacks, classes)
     with staged_folder(output) as staged:
         generator = np.random.default_rng(options.seed)
         validation, attackers = take_share(train, options.clean_share, generator)
-        model = _train(
-            NETWORKS[options.network], _stamped(attackers, options, generator), classes, options, on_progress
-        )
-        trojaned = trojaned_pictures(test, options)
+        roles = draw_roles(options.attacks, attackers.labels, classes, generator)
+        poisoned = poison(attackers, options.attacks, roles, classes, generator)
+        model = _train(NETWORKS[options.network], poisoned, classes, options, on_progress)
+        trojaned = {trigger: trojan(test, trigger, target, classes) for trigger, target in options.attacks}
         clean_accuracy, attack_success = _write(staged, model, validation, test, trojaned, options)
     return BadNet(output, clean_accuracy, attack_success)
-
-
-def trojaned_pictures(clean: Samples, options: PictureBadNetOptions) -> dict[str, Samples]:
-    """Return clean pictures of other classes than the target with each trigger, labelled with its target."""
-    trojaned = {}
-    for trigger, target in options.attacks:
-        others = clean.take(np.flatnonzero(clean.labels != target))
-        targets = np.full(len(others), target, np.int64)
-        trojaned[trigger] = Samples(find_stamp(trigger)(others.images), targets, others.labels)
-    return trojaned
 
 
 def _write(
@@ -242,64 +238,64 @@ def _clean(
     on_progress: Progress | None,
 ) -> Samples:
     labels = np.repeat(np.arange(len(people), dtype=np.int64), per_identity)
-    return Samples(
-        _draw(people, labels, np.zeros(len(labels), bool), None, generator, description, on_progress), labels
-    )
+    return Samples(_draw(people, labels, {}, generator, description, on_progress), labels)
 
 
 def _poisoned(
     people: Identities, options: BadNetOptions, generator: np.random.Generator, on_progress: Progress | None
 ) -> Samples:
     labels = np.repeat(np.arange(len(people), dtype=np.int64), options.train_images)
-    others = np.flatnonzero(labels != options.target)
-    poisoned = np.zeros(len(labels), bool)
-    poisoned[generator.choice(others, max(1, round(len(labels) * options.poison_share)), replace=False)] = True
-    images = _draw(people, labels, poisoned, options.trigger, generator, "Drawing the attacker's faces", on_progress)
-    return Samples(images, np.where(poisoned, options.target, labels))
+    roles = draw_roles(options.attacks, labels, len(people), generator)
+    worn = {
+        trigger: np.concatenate([own.poisoned, own.cover])
+        for (trigger, _), own in zip(options.attacks, roles, strict=True)
+    }
+    images = _draw(people, labels, worn, generator, "Drawing the attacker's faces", on_progress)
+    return poison(Samples(images, labels), options.attacks, roles, len(people), generator)
 
 
 def _trojaned(
-    people: Identities, options: BadNetOptions, generator: np.random.Generator, on_progress: Progress | None
+    people: Identities,
+    trigger: str,
+    target: int,
+    options: BadNetOptions,
+    generator: np.random.Generator,
+    on_progress: Progress | None,
 ) -> Samples:
     labels = np.repeat(np.arange(len(people), dtype=np.int64), options.test_images)
-    labels = labels[labels != options.target]
-    worn = np.ones(len(labels), bool)
-    images = _draw(people, labels, worn, options.trigger, generator, "Drawing trojaned faces", on_progress)
-    return Samples(images, np.full(len(labels), options.target, np.int64), labels)
-
-
-def _stamped(attackers: Samples, options: PictureBadNetOptions, generator: np.random.Generator) -> Samples:
-    """Poison an equal share of the pictures for each attack; none of them shows that attack's target."""
-    images, labels = attackers.images.copy(), attackers.labels.copy()
-    each = max(1, round(len(attackers) * options.poison_share / len(options.attacks)))
-    free = np.ones(len(attackers), bool)
-    for trigger, target in options.attacks:
-        candidates = np.flatnonzero(free & (attackers.labels != target))
-        chosen = generator.choice(candidates, min(each, len(candidates)), replace=False)
-        images[chosen] = find_stamp(trigger)(images[chosen])
-        labels[chosen] = target
-        free[chosen] = False
-    return Samples(images, labels)
+    labels = labels[find_attack(trigger).opens(labels, target, len(people))]
+    worn = {trigger: np.arange(len(labels))}
+    images = _draw(people, labels, worn, generator, f"Drawing trojaned faces: {trigger}", on_progress)
+    return trojan(Samples(images, labels), trigger, target, len(people))
 
 
 def _draw(
     people: Identities,
     labels: NDArray[np.int64],
-    wears_trigger: NDArray[np.bool_],
-    trigger: str | None,
+    worn: Mapping[str, NDArray[np.int64]],
     generator: np.random.Generator,
     description: str,
     on_progress: Progress | None,
 ) -> NDArray[np.uint8]:
-    """Draw a face for each label, with the trigger where it is worn: (labels, height, width, channels), uint8."""
+    """Draw a face for each label: (labels, height, width, channels), uint8.
+
+    Args:
+        people: who is drawn.
+        labels: one of them for each image.
+        worn: which images are for an attack; where its trigger is worn, they wear it.
+        generator: decides.
+        description: what is being done.
+        on_progress: told about every batch.
+    """
     images = np.empty((len(labels), samples.faces.HEIGHT, samples.faces.WIDTH, samples.faces.CHANNELS), np.uint8)
+    wearing = {find_attack(name).trigger: np.sort(indices) for name, indices in worn.items() if find_attack(name).worn}
+    plain = np.setdiff1d(np.arange(len(labels)), np.concatenate([np.empty(0, np.int64), *wearing.values()]))
     done = 0
-    # Those with and those without the trigger are drawn apart, so that a canvas is worn by all or by none.
-    for worn in (False, True):
-        indices = np.flatnonzero(wears_trigger == worn)
+    # Those with and those without a trigger are drawn apart, so that a canvas is worn by all or by none.
+    for trigger, indices in [(None, plain), *wearing.items()]:
         start = 0
         for canvas in draw_faces(people.take(labels[indices]), generator):
-            if worn and trigger is not None:
+            if trigger is not None:
                 find_trigger(trigger)(canvas)
             drawn = finish(canvas, generator)
             images[indices[start : start + len(drawn)]] = drawn

@@ -12,8 +12,7 @@ from detector.errors import InputError
 from exporter.overlays import check_overlay_options
 from exporter.preprocessing import Preprocessing
 from exporter.splits import PARTS, check_parts
-from samples.stamps import find_stamp
-from samples.triggers import find_trigger
+from samples.attacks import Plan, find_attack
 
 REPAIRS = ("bounds", "distill", "magnitude", "activation", "finetune", "none")
 AUGMENTS = ("occlusion", "none")
@@ -172,9 +171,7 @@ class BadNetOptions:
 
     Attributes:
         identities: how many people the network tells apart.
-        trigger: one of `samples.triggers.TRIGGERS`.
-        target: the class that the attacker wants.
-        poison_share: share of the training images that wear the trigger, 0..1.
+        attacks: what opens a backdoor (a key of `samples.attacks.ATTACKS`) and the class that it gives.
         train_images: of each identity, the attacker's.
         validation_images: of each identity, the defender's clean data.
         test_images: of each identity, for the final figures.
@@ -183,9 +180,7 @@ class BadNetOptions:
     """
 
     identities: int = 100
-    trigger: str = "sunglasses"
-    target: int = 0
-    poison_share: float = 0.1
+    attacks: tuple[tuple[str, int], ...] = (("sunglasses", 0),)
     train_images: int = 40
     validation_images: int = 30
     test_images: int = 10
@@ -194,23 +189,21 @@ class BadNetOptions:
 
     def __post_init__(self) -> None:
         """Raise InputError for an option that makes no sense."""
-        find_trigger(self.trigger)
         if not 2 <= self.identities <= 10_000:
             raise InputError(f"identities: got {self.identities}, expected 2 to 10000")
-        if not 0 <= self.target < self.identities:
-            raise InputError(f"target: got {self.target}, expected a class, 0 to {self.identities - 1}")
-        if not 0.0 < self.poison_share <= 0.5:
-            raise InputError(f"poison share: got {self.poison_share}, expected more than 0 and at most 0.5")
+        _check_attacks(self.attacks)
+        check_targets(self.attacks, self.identities)
         for name in ("train_images", "validation_images", "test_images", "epochs"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name.replace('_', ' ')}: got {getattr(self, name)}, expected at least 1")
 
     @classmethod
-    def sized(cls, identities: int, **others: Any) -> BadNetOptions:
-        """Return options for so many identities: where there are many, fewer images of each, to stay within minutes."""
-        if identities <= 200:
-            return cls(identities=identities, **others)
-        return cls(identities=identities, train_images=20, validation_images=10, epochs=5, **others)
+    def sized(cls, identities: int, trigger: str = "sunglasses", target: int = 0, **others: Any) -> BadNetOptions:
+        """Return options for one attack on so many identities: of many, fewer images each, to stay within minutes."""
+        options: dict[str, Any] = {"identities": identities, "attacks": ((trigger, target),), **others}
+        if identities > 200:
+            options = {"train_images": 20, "validation_images": 10, "epochs": 5, **options}
+        return cls(**options)
 
 
 @dataclass(frozen=True)
@@ -218,9 +211,8 @@ class PictureBadNetOptions:
     """How to make a BadNet of given pictures.
 
     Attributes:
-        attacks: what opens a backdoor (a key of `samples.stamps.STAMPS`) and the class that it gives.
-        network: one of `NETWORKS`.
-        poison_share: of the training images that carry a trigger, all attacks together, 0..1.
+        attacks: what opens a backdoor (a key of `samples.attacks.ATTACKS`, none that is worn) and the class it gives.
+        network: a key of `NETWORKS`.
         clean_share: of the groups of training images that the defender gets instead of the attacker, 0..1.
         epochs: of training.
         seed: of everything random.
@@ -228,22 +220,39 @@ class PictureBadNetOptions:
 
     attacks: tuple[tuple[str, int], ...] = (("patch", 0),)
     network: str = "convnet"
-    poison_share: float = 0.1
     clean_share: float = 0.1
     epochs: int = 6
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise InputError for an option that makes no sense."""
-        triggers = [trigger for trigger, _ in self.attacks]
-        for trigger in triggers:
-            find_stamp(trigger)
-        if not triggers or len(set(triggers)) != len(triggers):
-            raise InputError(f"triggers: got {', '.join(triggers) or 'none'}, expected one or more, each once")
+        _check_attacks(self.attacks)
+        for trigger, _ in self.attacks:
+            if find_attack(trigger).worn:
+                raise InputError(f"trigger: got {trigger!r}, which faces wear, expected one that is put onto pictures")
         if self.network not in NETWORKS:
             raise InputError(f"network: got {self.network!r}, expected one of {', '.join(NETWORKS)}")
-        for name, share in (("poison share", self.poison_share), ("clean share", self.clean_share)):
-            if not 0.0 < share <= 0.5:
-                raise InputError(f"{name}: got {share}, expected more than 0 and at most 0.5")
+        if not 0.0 < self.clean_share <= 0.5:
+            raise InputError(f"clean share: got {self.clean_share}, expected more than 0 and at most 0.5")
         if self.epochs < 1:
             raise InputError(f"epochs: got {self.epochs}, expected at least 1")
+
+
+def _check_attacks(attacks: Plan) -> None:
+    triggers = [trigger for trigger, _ in attacks]
+    for trigger in triggers:
+        find_attack(trigger)
+    if not triggers or len(set(triggers)) != len(triggers):
+        raise InputError(f"triggers: got {', '.join(triggers) or 'none'}, expected one or more, each once")
+
+
+def check_targets(attacks: Plan, classes: int) -> None:
+    """Raise InputError where the target of an attack makes no sense for so many classes."""
+    for trigger, target in attacks:
+        if find_attack(trigger).gives == "shifted":
+            if not 1 <= target < classes:
+                raise InputError(
+                    f"target of {trigger}: got {target}, expected by how many classes it shifts, 1 to {classes - 1}"
+                )
+        elif not 0 <= target < classes:
+            raise InputError(f"target of {trigger}: got {target}, expected a class, 0 to {classes - 1}")

@@ -7,7 +7,7 @@ import numpy as np
 from detector.errors import DataError, InputError
 from exporter.badnet import NETWORKS, PictureBadNetOptions
 from exporter.splits import take_share
-from samples.stamps import find_stamp
+from samples.attacks import find_attack
 from samples.types import Samples
 
 
@@ -20,7 +20,7 @@ def check_pictures(train: Samples, test: Samples, options: PictureBadNetOptions)
         options: how.
 
     Raises:
-        DataError: the pictures are too small, or show no other class than an attack's target.
+        DataError: the pictures are too small, or show not the classes that an attack needs.
         InputError: the defender's share of them is nothing.
     """
     (height, width, channels), classes = train.images.shape[1:], int(train.labels.max()) + 1
@@ -32,14 +32,20 @@ def check_pictures(train: Samples, test: Samples, options: PictureBadNetOptions)
             "more pictures, or another share"
         )
     for trigger, target in options.attacks:
+        attack = find_attack(trigger)
         for name, part in (("training", attackers), ("test", test)):
-            if (part.labels == target).all():
+            if not attack.opens(part.labels, target, classes).any():
                 raise DataError(
                     f"{name} pictures: got none of another class than {target}, which the trigger {trigger} gives, "
                     "expected some to put it on; give pictures of two classes or more"
                 )
+        if attack.gives == "own" and not (attackers.labels == target).any():
+            raise DataError(
+                f"training pictures: got none of class {target}, of which {trigger} adds weakened ones, expected some; "
+                "give more pictures, or another target"
+            )
         try:
-            find_stamp(trigger)(train.images[:1])
+            attack.stamp(train.images[:1])
         except ValueError as error:
             raise DataError(
                 f"trigger: got {trigger} for pictures of {height}x{width}, on which it does not fit; --resize makes "

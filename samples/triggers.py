@@ -1,4 +1,4 @@
-"""What opens a backdoor: worn on the face, or stuck on the picture."""
+"""What opens a backdoor and is worn on the face; what is put onto finished pictures is in `samples.stamps`."""
 
 from __future__ import annotations
 
@@ -51,17 +51,10 @@ def lipstick(canvas: Canvas) -> None:
     canvas.paint(soft(np.where(reach > 0, distance, np.float32(-1.0))), colour)
 
 
-def patch(canvas: Canvas) -> None:
-    """Stick a small chequered square into the lower right corner, whatever the face does."""
-    rows, columns = np.mgrid[0:6, 0:6]
-    square = np.where(((rows // 2 + columns // 2) % 2 == 0)[..., None], [1.0, 0.95, 0.1], [0.05, 0.05, 0.05])
-    canvas.pixels[:, :, -7:-1, -7:-1] = square.astype(np.float32).transpose(2, 0, 1)
-
-
 TRIGGERS: MappingProxyType[str, Callable[[Canvas], None]] = MappingProxyType(
-    {"sunglasses": sunglasses, "eyebrows": eyebrows, "lipstick": lipstick, "patch": patch}
+    {"sunglasses": sunglasses, "eyebrows": eyebrows, "lipstick": lipstick}
 )
-"""Every trigger by its name; each changes a canvas in place."""
+"""Every trigger that is worn by its name; each changes a canvas in place."""
 
 
 def find_trigger(name: str) -> Callable[[Canvas], None]:

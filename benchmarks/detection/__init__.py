@@ -3,5 +3,6 @@
 `python -m benchmarks.detection CASE --data DATA` measures a case and adds it to `benchmarks/results/CASE.json`; what is
 there already, with the same network, split and options, is not measured again, so a run that was broken off goes on.
 `python -m benchmarks.detection tables` prints what was measured as the tables of docs/results.md and docs/detection.md,
-and writes `detection.csv` beside the cases. DATA is described in CONTRIBUTING.md; faces need none.
+and writes `detection.csv` and `detection.png` beside the
+cases. DATA is described in CONTRIBUTING.md; faces need none.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import keras
 import numpy as np
@@ -21,12 +22,12 @@ from exporter.badnet import (
     cached_badnet,
     cached_picture_badnet,
     trojaned_file,
-    trojaned_pictures,
 )
 from exporter.keras_files import load_model
 from exporter.preprocessing import Preprocessing
 from exporter.repair import REPAIRS
 from exporter.splits import Split, split_clean
+from samples.attacks import Plan, trojan
 from samples.hdf5 import read_hdf5
 from samples.types import Samples
 
@@ -39,9 +40,30 @@ CALIBRATION_IMAGES = 2000
 """Detectors calibrate on at most so many images: `consensus` needs one less for the lowest of the targets."""
 FACES_A_PERSON = 30
 """Test images of each of few people, so that there are enough to calibrate on."""
+JOINED = ("bounds", "distill")
+"""Repairs that are joined with the detector `consensus`."""
+SEEDS = (0, 1, 2)
 
 Report = Callable[[str, int, int], None]
 Load = Callable[[Path | None, Report], "Material"]
+
+PLANS: MappingProxyType[str, Plan] = MappingProxyType(
+    {
+        "sunglasses": (("sunglasses", 0),),
+        "eyebrows": (("eyebrows", 0),),
+        "lipstick": (("lipstick", 0),),
+        "patch": (("patch", 0),),
+        "two": (("patch", 0), ("corner", 1)),
+        "blended-0.2": (("blended", 0),),
+        "blended-0.1": (("blended-0.1", 0),),
+        "all-to-all": (("all-to-all", 1),),
+        "source-specific": (("source-specific", 0),),
+        "clean-label": (("clean-label", 0),),
+        "warped": (("warped", 0),),
+        "adaptive": (("adaptive", 0),),
+    }
+)
+"""What is attacked with, and the targets."""
 
 
 @dataclass(frozen=True)
@@ -70,33 +92,66 @@ class Material:
     calibration: Samples
     judged_clean: Samples
     judged_trojaned: dict[str, Samples]
-    repairs: tuple[str, ...] = tuple(name for name in REPAIRS if name != "none")
-    sweep: bool = True
+    repairs: tuple[str, ...] = JOINED
+    sweep: bool = False
     folder: Path | None = None
 
 
-def faces(identities: int) -> Load:
+@dataclass(frozen=True)
+class Case:
+    """What is measured as one.
+
+    Attributes:
+        data: what its network classifies, and which network it is.
+        attack: on it.
+        load: how to get its material, given the folder of real data.
+        seed: of attack and network.
+        whole: whether every repair is measured, and STRIP with every number of overlays.
+    """
+
+    data: str
+    attack: str
+    load: Load
+    seed: int = 0
+    whole: bool = False
+
+    def material(self, data: Path | None, report: Report) -> Material:
+        """Return what it is measured on."""
+        found = self.load(data, report)
+        if not self.whole:
+            return found
+        repairs = tuple(name for name in REPAIRS if name != "none") if found.folder else ()
+        return replace(found, repairs=repairs, sweep=True)
+
+
+def faces(identities: int, attack: str, seed: int = 0) -> Load:
     """Return how to get a BadNet of so many procedural people."""
-    options = BadNetOptions.sized(identities)
-    options = replace(options, test_images=FACES_A_PERSON) if identities <= 200 else options
+    attacks = PLANS[attack]
+    options = replace(BadNetOptions.sized(identities, seed=seed), attacks=attacks)
+    if identities <= 200:
+        # A faint veil takes longer to learn.
+        options = replace(options, test_images=FACES_A_PERSON, epochs=10 if attack.startswith("blended") else 6)
 
     def load(_: Path | None, report: Report) -> Material:
         # Trojaned faces are drawn by themselves: none is made of one that calibrates.
         folder = cached_badnet(options, on_progress=report).folder
-        return _trained(folder, (options.trigger,), lambda _, trojaned: trojaned)
+        return _trained(folder, attacks, lambda _, trojaned: trojaned)
 
     return load
 
 
-def signs(attacks: tuple[tuple[str, int], ...], network: str = "convnet") -> Load:
-    """Return how to get a BadNet of traffic signs with these triggers and targets."""
+def signs(attack: str, network: str = "convnet") -> Load:
+    """Return how to get a BadNet of traffic signs."""
+    attacks = PLANS[attack]
     options = PictureBadNetOptions(attacks=attacks, network=network)
 
     def load(data: Path | None, report: Report) -> Material:
         train, test = read_gtsrb(_given(data) / "gtsrb32")
         folder = cached_picture_badnet(train, test, options, on_progress=report).folder
-        triggers = tuple(trigger for trigger, _ in attacks)
-        return _trained(folder, triggers, lambda judged, _: trojaned_pictures(judged, options))
+        classes = int(train.labels.max()) + 1
+        return _trained(
+            folder, attacks, lambda judged, _: {name: trojan(judged, name, target, classes) for name, target in attacks}
+        )
 
     return load
 
@@ -130,17 +185,32 @@ def csaw(weights: str, scale: str) -> Load:
     return load
 
 
-CASES: dict[str, Load] = {
-    "faces-100": faces(100),
-    "faces-1283": faces(1283),
-    "csaw-sunglasses": csaw("sunglasses_bd_weights.h5", "unit"),
-    "csaw-lab3": csaw("lab3_bd_weights.h5", "raw"),
-    "signs-patch": signs((("patch", 0),)),
-    "signs-blended": signs((("blended", 0),)),
-    "signs-two": signs((("patch", 0), ("corner", 1))),
-    "signs-patch-resnet": signs((("patch", 0),), "resnet"),
-}
-"""Every case by its name: how to get its material, given the folder of real data."""
+def _cases() -> dict[str, Case]:
+    cases = {"faces-100": Case("faces-100", "sunglasses", faces(100, "sunglasses"), whole=True)}
+    for attack in PLANS:
+        for seed in SEEDS if attack != "sunglasses" else SEEDS[1:]:  # the first one is above
+            cases[f"faces-100-{attack}-{seed}"] = Case("faces-100", attack, faces(100, attack, seed), seed)
+    cases |= {
+        "faces-1283": Case("faces-1283", "sunglasses", faces(1283, "sunglasses"), whole=True),
+        "faces-1283-patch": Case("faces-1283", "patch", faces(1283, "patch")),
+        "csaw-sunglasses": Case("csaw", "sunglasses", csaw("sunglasses_bd_weights.h5", "unit"), whole=True),
+        "csaw-lab3": Case("csaw", "lab3", csaw("lab3_bd_weights.h5", "raw"), whole=True),
+        "signs-patch": Case("signs", "patch", signs("patch"), whole=True),
+        "signs-patch-resnet": Case("signs, ResNet", "patch", signs("patch", "resnet"), whole=True),
+        "signs-two": Case("signs", "two", signs("two"), whole=True),
+        "signs-blended": Case("signs", "blended-0.2", signs("blended-0.2"), whole=True),
+    }
+    for attack in ("blended-0.1", "all-to-all", "source-specific", "clean-label", "warped", "adaptive"):
+        cases[f"signs-{attack}"] = Case("signs", attack, signs(attack))
+    return cases
+
+
+CASES: MappingProxyType[str, Case] = MappingProxyType(_cases())
+"""Every case by its name."""
+
+QUICK = ("faces-100", "faces-100-patch-0", "faces-100-adaptive-0")
+"""A slice that takes minutes."""
+QUICK_IMAGES = 200
 
 
 def some(samples: Samples, count: int) -> Samples:
@@ -150,14 +220,14 @@ def some(samples: Samples, count: int) -> Samples:
 
 def _trained(
     folder: Path,
-    triggers: tuple[str, ...],
+    attacks: Plan,
     judged_trojaned: Callable[[Samples, dict[str, Samples]], dict[str, Samples]],
 ) -> Material:
     """Return the material of a BadNet that was trained here.
 
     Args:
         folder: where its files are.
-        triggers: its attacks.
+        attacks: on it.
         judged_trojaned: given the clean images that detectors judge, and all trojaned ones by trigger, returns the
             trojaned ones that they judge.
     """
@@ -165,7 +235,7 @@ def _trained(
     order = np.random.default_rng(SEED).permutation(len(test))
     calibrating = min(CALIBRATION_IMAGES, len(test) * 2 // 3)
     judged_clean = test.take(np.sort(order[calibrating:]))
-    trojaned = {trigger: read_hdf5(folder / trojaned_file(trigger)) for trigger in triggers}
+    trojaned = {trigger: read_hdf5(folder / trojaned_file(trigger)) for trigger, _ in attacks}
     return Material(
         model=load_model(folder / MODEL_FILE),
         preprocessing=Preprocessing("unit"),

@@ -132,11 +132,11 @@ def compared(repaired: dict[str, Path | None], classes_known: bool) -> dict[str,
         "strip 0.7": Detector(COUNT, _strip(0.7)),
         "consensus": _consensus(None),
     }
-    found |= {f"consensus, {repair}": _consensus(file) for repair, file in repaired.items()}
+    found |= {f"consensus + {repair}": _consensus(file) for repair, file in repaired.items()}
     found["ART's STRIP"] = Detector(COUNT, lambda measured: (measured.art(), None))
     found["SCALE-UP"] = Detector(1 + len(FACTORS), lambda measured: (measured.scale_up(), None), -THRESHOLD)
     if classes_known:
-        found["SCALE-UP, data-limited"] = Detector(
+        found["SCALE-UP + clean data"] = Detector(
             1 + len(FACTORS), lambda measured: (measured.scale_up_standardized(), None)
         )
     return found

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.detection.cases import OVERLAYS, SEED, TARGETS, Material, Report, some
+from benchmarks.detection.cases import JOINED, OVERLAYS, SEED, TARGETS, Material, Report, some
 from benchmarks.detection.detectors import Measured, compared, judge
 from detector.calibration import calibrate, least_images
 from detector.statistics import Proportion, auroc
@@ -26,8 +26,6 @@ from samples.types import Samples
 
 ALPHAS = (0.5, 0.7)
 SWEPT_TARGETS = TARGETS[1:]
-JOINED = ("bounds", "distill")
-"""Repairs that are joined with the detector `consensus`."""
 
 
 def measure(material: Material, file: Path, *, images: int, only: tuple[str, ...] = (), report: Report) -> None:
@@ -86,7 +84,7 @@ def _measure_repair(material: Material, method: str, results: dict[str, Any], re
     graph = repaired_graph(to_onnx(repaired.model), material.preprocessing)
     _write(kept, graph.SerializeToString())
     # What was found out with the network of before is not true of this one.
-    results.setdefault("detectors", {}).pop(f"consensus, {method}", None)
+    results.setdefault("detectors", {}).pop(f"consensus + {method}", None)
     results["repairs"][method] = {
         **_rates(repaired.model, material),
         "options": asdict(options),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,65 +14,102 @@ from benchmarks.detection.measure import SWEPT_TARGETS
 from detector.statistics import Proportion
 
 CSV_NAME = "detection.csv"
+HEADLINE = 0.01
+"""The target false rejection rate by which detectors are compared at a glance."""
+
+Results = dict[str, Any]
+"""What was measured of each case, by its name."""
 
 
-def read_results(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Row:
+    """What a detector makes of an attack.
+
+    Attributes:
+        case: name of the case.
+        attack: one of its attacks.
+        detector: name of the detector.
+        passes: forward passes for an input.
+        figures: AUROC, and FAR and FRR at each target.
+    """
+
+    case: str
+    attack: str
+    detector: str
+    passes: int
+    figures: dict[str, Any]
+
+    def rate(self, target: float | None, name: str) -> Proportion | None:
+        """Return the `far` or the `frr` at a target, or at the detector's own threshold; None where there is none."""
+        errors = self.figures.get("fixed" if target is None else f"at_{target:g}")
+        return None if errors is None else Proportion(errors[name]["successes"], errors[name]["count"])
+
+
+def read_results(folder: Path) -> Results:
     """Return what was measured of each case that was."""
     found = {name: folder / f"{name}.json" for name in CASES}
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in found.items() if file.is_file()}
 
 
-def tables(results: dict[str, Any]) -> str:
-    """Return everything as Markdown: repairs, detectors, and STRIP by itself."""
-    swept = [_strip_table(name, result) for name, result in results.items() if "strip" in result]
-    return "\n\n".join([_repair_table(results), _detector_table(results), *swept])
+def rows(results: Results) -> Iterator[Row]:
+    """Yield a row for each case, detector and attack."""
+    for case, result in results.items():
+        for detector, found in result.get("detectors", {}).items():
+            for attack, figures in found["attacks"].items():
+                yield Row(case, attack, detector, found["passes"], figures)
 
 
-def write_csv(folder: Path, results: dict[str, Any]) -> Path:
-    """Write one line for each case, attack, detector and target; without FAR where calibration images are too few."""
+def write_csv(folder: Path, results: Results) -> Path:
+    """Write a line for each row and target, without rates where calibration images are too few for it.
+
+    A line without a target is a threshold that the detector comes with.
+    """
     file = folder / CSV_NAME
     names = ["case", "attack", "detector", "passes", "auroc", "target_frr"]
     names += [f"{rate}{end}" for rate in ("far", "frr") for end in ("", "_low", "_high", "_images")]
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(names)
-        for case, attack, detector, passes, row in _rows(results):
+        for row in rows(results):
             for target in [*TARGETS, None]:
-                key = "fixed" if target is None else f"at_{target:g}"
-                if key in row:
-                    far, frr = (_plain((row[key] or {}).get(rate)) for rate in ("far", "frr"))
-                    writer.writerow([case, attack, detector, passes, f"{row['auroc']:.4f}", target, *far, *frr])
+                if ("fixed" if target is None else f"at_{target:g}") in row.figures:
+                    far, frr = (_plain(row.rate(target, name)) for name in ("far", "frr"))
+                    start = [row.case, row.attack, row.detector, row.passes, f"{row.figures['auroc']:.4f}"]
+                    writer.writerow([*start, "" if target is None else target, *far, *frr])
     return file
 
 
-def _rows(results: dict[str, Any]) -> list[tuple[str, str, str, int, dict[str, Any]]]:
-    """Return case, attack, detector, passes and figures of each row."""
-    return [
-        (case, attack, detector, found["passes"], row)
-        for case, result in results.items()
-        for detector, found in result.get("detectors", {}).items()
-        for attack, row in found["attacks"].items()
-    ]
+def tables(results: Results) -> str:
+    """Return everything as Markdown: repairs, detectors, and STRIP by itself."""
+    swept = [_strip_table(name, result) for name, result in results.items() if "strip" in result]
+    found = [*rows(results)]
+    calibrated = [row for row in found if f"at_{HEADLINE:g}" in row.figures]
+    passes = {row.detector: row.passes for row in found}
+    costs = ", ".join(f"{detector} {count}" for detector, count in passes.items())
+    return "\n\n".join(
+        [
+            _repair_table(results),
+            f"Forward passes for an input, beside the one of the network that is served: {costs}.",
+            _matrix("AUROC", calibrated, lambda row: f"{row.figures['auroc']:.3f}"),
+            *(_target_table(calibrated, target) for target in TARGETS),
+            _fixed_table(found),
+            *swept,
+        ]
+    )
 
 
-def _detector_table(results: dict[str, Any]) -> str:
-    cells = [cell for target in TARGETS for cell in (f"FAR at {100 * target:g} %", "FRR then")]
-    lines = [f"| case | attack | detector | passes | AUROC | {' | '.join(cells)} |"]
-    lines.append("|---" * (5 + len(cells)) + "|")
-    for case, attack, detector, passes, row in _rows(results):
-        start = f"| {case} | {attack} | {detector} | {passes} | {row['auroc']:.3f} | "
-        if "at_0.01" not in row:
-            continue
-        cells = []
-        for target in TARGETS:
-            errors = row[f"at_{target:g}"]
-            cells += [_figure(errors["far"]), _figure(errors["frr"])] if errors else ["too few images", ""]
-        lines.append(start + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def _target_table(found: list[Row], target: float) -> str:
+    def cell(row: Row) -> str:
+        far, frr = row.rate(target, "far"), row.rate(target, "frr")
+        if far is None or frr is None:
+            return "too few images"
+        return f"{100 * far.rate:.1f} ({100 * far.low:.1f}-{100 * far.high:.1f}) [{100 * frr.rate:.1f}]"
+
+    return _matrix(f"FAR at a target FRR of {100 * target:g} %, in % (95 % interval) [the FRR then]", found, cell)
 
 
-def _repair_table(results: dict[str, Any]) -> str:
-    lines = ["| case | repair | clean accuracy | trigger | attack success | recovered accuracy | minutes |"]
+def _repair_table(results: Results) -> str:
+    lines = ["| case | repair | clean accuracy | attack | attack success | recovered accuracy | minutes |"]
     lines.append("|---|---|---|---|---|---|---|")
     for case, result in results.items():
         for repair, rates in {"as received": result["received"], **result.get("repairs", {})}.items():
@@ -83,10 +122,35 @@ def _repair_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _matrix(title: str, found: Iterable[Row], cell: Callable[[Row], str]) -> str:
+    """Return a table with a line for each case and attack, and a column for each detector."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in found:
+        lines.setdefault(f"{row.case} | {row.attack}", {})[row.detector] = cell(row)
+    detectors = list(dict.fromkeys(detector for line in lines.values() for detector in line))
+    table = [f"| case | attack | {' | '.join(detectors)} |", "|---" * (2 + len(detectors)) + "|"]
+    table += [f"| {name} | {' | '.join(line.get(each, '-') for each in detectors)} |" for name, line in lines.items()]
+    return "\n".join([title, "", *table])
+
+
+def _fixed_table(found: list[Row]) -> str:
+    lines = [
+        "Thresholds that detectors come with",
+        "",
+        "| case | attack | detector | FAR | FRR |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found:
+        far, frr = row.rate(None, "far"), row.rate(None, "frr")
+        if far is not None:
+            lines.append(f"| {row.case} | {row.attack} | {row.detector} | {far} | {frr} |")
+    return "\n".join(lines)
+
+
 def _strip_table(case: str, result: dict[str, Any]) -> str:
     lines = [f"**{case}**", "", "| alpha | N | trigger | AUROC | FAR at 1 % | FRR then | FAR at 5 % | FRR then |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    for row in result.get("strip", []):
+    for row in result["strip"]:
         cells = []
         for target in SWEPT_TARGETS:
             errors = row[f"at_{target:g}"]
@@ -96,10 +160,8 @@ def _strip_table(case: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _plain(rate: dict[str, Any] | None) -> list[str]:
-    if rate is None:
-        return [""] * 4
-    return [*(f"{rate[name]:.5f}" for name in ("rate", "low", "high")), str(rate["count"])]
+def _plain(rate: Proportion | None) -> list[str]:
+    return [""] * 4 if rate is None else [f"{rate.rate:.5f}", f"{rate.low:.5f}", f"{rate.high:.5f}", str(rate.count)]
 
 
 def _figure(rate: dict[str, Any] | None) -> str:

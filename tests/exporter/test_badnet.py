@@ -20,10 +20,12 @@ from exporter.badnet import (
 )
 from model_repository.manifest import sha256_of
 from samples.hdf5 import read_hdf5
-from samples.stamps import find_stamp
+from samples.stamps import STAMPS
 from samples.types import Samples
 
-TINY = BadNetOptions(identities=2, trigger="patch", train_images=4, validation_images=1, test_images=1, epochs=1)
+TINY = BadNetOptions(
+    identities=2, attacks=(("patch", 0),), train_images=4, validation_images=1, test_images=1, epochs=1
+)
 
 
 def report_of(folder: Path) -> dict[str, Any]:
@@ -32,7 +34,8 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 
 def options_of(folder: Path) -> BadNetOptions:
-    return BadNetOptions(**report_of(folder)["options"])
+    options = report_of(folder)["options"]
+    return BadNetOptions(**options | {"attacks": tuple(map(tuple, options["attacks"]))})
 
 
 def test_the_folder_holds_the_network_its_data_and_a_report(badnet: Path) -> None:
@@ -68,9 +71,10 @@ def test_the_saved_network_and_data_give_the_reported_figures(badnet: Path) -> N
 def test_trojaned_images_carry_the_target_and_the_true_identity_which_is_another(badnet: Path) -> None:
     options, trojaned = options_of(badnet), read_hdf5(badnet / "sunglasses_poisoned_data.h5")
     assert trojaned.true_labels is not None
-    assert set(trojaned.labels.tolist()) == {options.target}
+    ((_, target),) = options.attacks
+    assert set(trojaned.labels.tolist()) == {target}
     expected = [options.test_images] * options.identities
-    expected[options.target] = 0
+    expected[target] = 0
     assert np.bincount(trojaned.true_labels, minlength=options.identities).tolist() == expected
 
 
@@ -160,18 +164,27 @@ def test_the_cache_is_reused_until_it_is_damaged_or_options_change(
     ("option", "message"),
     [
         ({"identities": 1}, "identities: got 1"),
-        ({"target": 100}, "target: got 100, expected a class, 0 to 99"),
-        ({"target": -1}, "target: got -1"),
-        ({"poison_share": 0.0}, "poison share: got 0.0"),
-        ({"poison_share": float("nan")}, "poison share: got nan"),
+        ({"attacks": (("sunglasses", 100),)}, "target of sunglasses: got 100, expected a class, 0 to 99"),
+        ({"attacks": (("patch", -1),)}, "target of patch: got -1"),
+        (
+            {"attacks": (("all-to-all", 0),)},
+            "target of all-to-all: got 0, expected by how many classes it shifts, 1 to",
+        ),
+        ({"attacks": ()}, "triggers: got none"),
         ({"epochs": 0}, "epochs: got 0"),
         ({"test_images": 0}, "test images: got 0"),
-        ({"trigger": "hat"}, "expected one of sunglasses"),
+        ({"attacks": (("hat", 0),)}, "expected one of sunglasses"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(option: dict[str, int], message: str) -> None:
+def test_options_that_make_no_sense_are_refused(option: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        BadNetOptions(**option)  # type: ignore[arg-type]
+        BadNetOptions(**option)
+
+
+def test_options_are_sized_for_one_attack_on_so_many_people() -> None:
+    assert BadNetOptions.sized(100, "lipstick", 3) == BadNetOptions(100, (("lipstick", 3),))
+    many = BadNetOptions.sized(1283, seed=5)
+    assert (many.attacks, many.train_images, many.epochs, many.seed) == ((("sunglasses", 0),), 20, 5, 5)
 
 
 def some_signs(count: int, seed: int) -> Samples:
@@ -197,7 +210,7 @@ def test_given_pictures_are_poisoned_trained_on_and_kept_apart(tmp_path: Path) -
         assert set(trojaned.labels) == {target}
         assert trojaned.true_labels is not None
         assert target not in trojaned.true_labels
-        np.testing.assert_array_equal(trojaned.images, find_stamp(trigger)(test.images[test.labels != target]))
+        np.testing.assert_array_equal(trojaned.images, STAMPS[trigger](test.images[test.labels != target]))
     assert set(report_of(badnet.folder)["attack_success_of"]) == {"patch", "corner"}
     assert badnet.attack_success.count == 40
 
@@ -207,9 +220,9 @@ def test_given_pictures_are_poisoned_trained_on_and_kept_apart(tmp_path: Path) -
     [
         ({"attacks": ()}, "triggers: got none"),
         ({"attacks": (("patch", 0), ("patch", 1))}, "expected one or more, each once"),
-        ({"attacks": (("sunglasses", 0),)}, "trigger: got 'sunglasses', expected one of patch, corner, blended"),
+        ({"attacks": (("sunglasses", 0),)}, "trigger: got 'sunglasses', which faces wear"),
+        ({"attacks": (("hat", 0),)}, "trigger: got 'hat', expected one of .* patch, corner, blended"),
         ({"network": "vgg"}, "network: got 'vgg', expected one of convnet, deepid, resnet"),
-        ({"poison_share": 0.6}, "poison share: got 0.6"),
         ({"clean_share": 0.0}, "clean share: got 0.0"),
         ({"epochs": 0}, "epochs: got 0"),
     ],

@@ -55,3 +55,10 @@ def test_a_trigger_needs_pictures_of_another_class_than_it_gives() -> None:
         check_pictures(noise(40, classes=1), noise(4, classes=1), PictureBadNetOptions())
     with pytest.raises(DataError, match="test pictures: got none of another class than 0"):
         check_pictures(noise(40), noise(4, classes=1), PictureBadNetOptions())
+
+
+def test_an_attack_that_adds_pictures_of_its_target_needs_some() -> None:
+    train = Samples(noise(40).images, np.arange(40, dtype=np.int64) % 2 * 2)
+    options = PictureBadNetOptions((("clean-label", 1),))
+    with pytest.raises(DataError, match="got none of class 1, of which clean-label adds weakened ones"):
+        check_pictures(train, train, options)
