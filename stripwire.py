@@ -59,7 +59,10 @@ ReportProgress = Callable[[str, int, int], None]
 
 
 Trigger = Literal["sunglasses", "eyebrows", "lipstick", "patch"]
-PictureAttack = Literal[
+FaceAttack = Literal[
+    "sunglasses",
+    "eyebrows",
+    "lipstick",
     "patch",
     "corner",
     "blended",
@@ -70,7 +73,6 @@ PictureAttack = Literal[
     "clean-label",
     "adaptive",
 ]
-FaceAttack = Literal["sunglasses", "eyebrows", "lipstick", PictureAttack]
 Network = Literal["convnet", "deepid", "resnet"]
 Scale = Literal["unit", "raw"]
 RepairMethod = Literal["bounds", "distill", "magnitude", "activation", "finetune", "none"]
@@ -198,7 +200,11 @@ def train_badnet_on(
     ],
     test: Annotated[Path, typer.Option(exists=True, help="Pictures to measure on, likewise.")],
     trigger: Annotated[
-        list[PictureAttack] | None, typer.Option(help="What opens a backdoor; several are possible.")
+        list[str] | None,
+        typer.Option(
+            help="What opens a backdoor: patch, corner, blended, blended-0.1, warped, all-to-all, source-specific, "
+            "clean-label, adaptive; several are possible."
+        ),
     ] = None,
     target: Annotated[
         list[int] | None,
