@@ -2,10 +2,10 @@
 
 The verdicts are those of the ensemble, for less work:
 
-*The affine beginning is shared.* Up to its first activation function a network is affine, f(x) = Wx + b, and the weights
-of a blend sum to one, so f(alpha x + (1 - alpha) d) = alpha f(x) + (1 - alpha) f(d): padding, preprocessing and bias
-come out right, each counted once. f(d) is computed here, and f(x) once for an image. A network that does not begin with
-a convolution or a matrix product gets the blends themselves.
+*The affine beginning is shared.* Up to its first activation function a network is affine, f(x) = Wx + b, and the
+weights of a blend sum to one, so f(alpha x + (1 - alpha) d) = alpha f(x) + (1 - alpha) f(d): padding, preprocessing and
+bias come out right, each counted once. f(d) is computed here, and f(x) once for an image. A network that does not begin
+with a convolution or a matrix product gets the blends themselves.
 
 *Entropy from logits.* With z less its maximum and S = sum e^z, H = (ln S - (sum z e^z) / S) / ln 2. Both terms are at
 least 0, so nothing cancels, and no class costs a logarithm.
@@ -484,12 +484,14 @@ class _Stages:
         ran = then.add("Mul", then.add("Cast", undecided, to=TensorProto.INT32), blends)
         counted = then.add("Add", counts, ran)
         total = then.add("Gather", summed, self._number("zero", 0), axis=1)
-        branches = {"then_branch": _branch(then, *self._further(then, summed, total, counted, stage + 1))}
-        otherwise = _Part(f"after_{stage}")
-        branches["else_branch"] = _branch(otherwise, sums, counts)
+        further = _branch(then, *self._further(then, summed, total, counted, stage + 1))
+        done = _branch(_Part(f"after_{stage}"), sums, counts)
 
         outputs = [f"stripwire/{part.name}/{name}" for name in ("sums", "counts")]
-        part.nodes.append(helper.make_node("If", [there_are], outputs, name=f"stripwire/{part.name}/If", **branches))
+        choice = helper.make_node("If", [there_are], outputs, f"stripwire/{part.name}/If")
+        choice.attribute.append(helper.make_attribute("then_branch", further))
+        choice.attribute.append(helper.make_attribute("else_branch", done))
+        part.nodes.append(choice)
         return outputs[0], outputs[1]
 
     def _measure(self, part: _Part, images: str, stage: int) -> str:

@@ -86,6 +86,7 @@ def test_the_public_contract_stands_in_the_config() -> None:
         ("trojaned", 1, [1]),
         ("entropy", 11, [1]),
         ("p_value", 11, [1]),
+        ("perturbations", 8, [1]),
         ("probabilities", 11, [5]),
     ]
 
@@ -165,7 +166,7 @@ def test_a_linked_folder_is_named(repository: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", '{"format": 3}', '{"format": 2, "files": {}, "versions": {}}', '{"format": 2}']
+    "text", ["", "[]", "null", '{"format": 4}', '{"format": 3, "files": {}, "versions": {}}', '{"format": 3}']
 )
 def test_a_broken_manifest_is_refused(repository: Path, text: str) -> None:
     (repository / "manifest.json").write_text(text)
@@ -298,7 +299,7 @@ def test_an_altered_repository_is_neither_calibrated_nor_rolled_back(repository:
 def test_a_repository_of_an_older_format_is_to_be_exported_again(repository: Path) -> None:
     manifest = json.loads((repository / "manifest.json").read_text())
     (repository / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
-    with pytest.raises(RepositoryError, match="got manifest format 1, expected 2; export the repository again"):
+    with pytest.raises(RepositoryError, match="got manifest format 1, expected 3; export the repository again"):
         activate(repository)
 
 
