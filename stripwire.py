@@ -53,7 +53,7 @@ _SURE = (
     f"the threshold is under {_NEARLY_NOTHING_BITS:g} bits: the network is so sure of whatever it is shown that STRIP "
     "has little to go by. Is it fed as it was trained (--scale, --mean, --std)? If so, see --detector consensus"
 )
-ALONE = "the repair changed nothing, so the repaired network is not asked: the entropy decides alone"
+ALONE = "no repair changed the network, so there is no second one to ask: the entropy decides alone"
 
 ReportProgress = Callable[[str, int, int], None]
 
@@ -269,7 +269,7 @@ def export(
     augment: Annotated[Augment, typer.Option(help="Of fine-tuning images; distill has its own.")] = "occlusion",
     max_rounds: Annotated[int, typer.Option(help="Of magnitude: rounds of pruning, at most.")] = 10,
     epochs: Annotated[int, typer.Option(help="Of distillation, or after pruning.")] = 20,
-    allowed_drop: Annotated[float, typer.Option(help="Clean validation accuracy that may be lost, 0..1.")] = 0.02,
+    allowed_drop: Annotated[float, typer.Option(help="Clean validation accuracy that may be lost, 0..1.")] = 0.01,
     optimizer: Annotated[Optimizer, typer.Option(help="Of fine-tuning; sgd has a momentum of 0.9.")] = "adam",
     learning_rate: Annotated[
         float | None, typer.Option(help="At its highest; default 0.001 with adam, 0.01 with sgd.")
@@ -372,7 +372,7 @@ def export(
     console.print(scores_table(result))
     calibration = result.calibration
     console.print(
-        f"Threshold {thresholds(calibration)} from {calibration.images} clean images: {rejections(calibration)}."
+        f"Threshold {thresholds(calibration)}, from {calibration.images} clean images: {rejections(calibration)}."
     )
     say(detection(result))
     say(f"Version {result.version} written to {output}; all about it in {result.report}. Next:")
@@ -654,12 +654,15 @@ def evaluate(
     if result.auroc is not None:
         console.print(f"AUROC of the entropy: {result.auroc:.4f}; of the p-value: {result.auroc_of_p_value:.4f}")
     if result.auroc is not None and result.auroc < 0.5:
-        warn("trojaned images have the higher entropies; are --clean and --trojaned swapped?")
+        warn(
+            "the entropy does not tell trojaned images from clean ones: STRIP does not see the trigger, or --clean and "
+            "--trojaned are swapped"
+        )
 
 
 def thresholds(calibration: Calibration) -> str:
     """Say what is rejected at or beyond."""
-    nll = "" if calibration.threshold_nll is None else f", or an nll of {calibration.threshold_nll:.4f} nats,"
+    nll = "" if calibration.threshold_nll is None else f", or an nll of {calibration.threshold_nll:.4f} nats"
     return f"{calibration.threshold_bits:.4f} bits{nll}"
 
 
@@ -692,10 +695,11 @@ def repair_table(result: Export) -> Table:
     repair = result.repair
     table = Table(title=f"Repair ({repair.stopped})")
     table.add_column("")
-    table.add_column("pruned", justify="right")
+    pruned = any(step.pruned_share for step in repair.steps)
+    if pruned:
+        table.add_column("pruned", justify="right")
     table.add_column(f"clean accuracy (n={result.split_sizes['validation']})", justify="right")
-    with_attack = repair.steps[0].attack_success is not None
-    if with_attack:
+    if repair.steps[0].attack_success is not None:
         table.add_column("attack success", justify="right")
     for index in excerpt(repair.steps, repair.kept):
         if index is None:
@@ -704,7 +708,9 @@ def repair_table(result: Export) -> Table:
         step = repair.steps[index]
         kept = step.name == repair.kept
         cells = [f"{step.name}, kept" if kept else step.name]
-        cells += [f"{step.pruned_share:.1%}", f"{step.clean_accuracy:.2%}"]
+        if pruned:
+            cells.append(f"{step.pruned_share:.1%}")
+        cells.append(f"{step.clean_accuracy:.2%}")
         if step.attack_success is not None:
             cells.append(f"{step.attack_success:.2%}")
         table.add_row(*cells, style="bold" if kept else None)

@@ -16,8 +16,9 @@ import numpy as np
 
 from detector.strip import Array
 
-LEAST_BITS = 2.0**-40
-"""Lower entropies count as this: a class that is as unlikely as 2^-46 has no say."""
+LEAST_BITS = float(np.finfo(np.float32).tiny)
+"""Lower entropies count as this, 2^-126: a mean that is not 0, and no lower end at which confident networks' clean
+inputs meet, because a threshold among equals cannot be drawn."""
 
 _LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)
 
@@ -30,7 +31,7 @@ def geometric_mean_bits(entropies: Array, *, xp: ModuleType = np) -> Array:
         xp: the array namespace of `entropies`.
 
     Returns:
-        (batch,), of the same dtype, in bits, 2^-40..log2(classes); not-a-number where an entropy is.
+        (batch,), of the same dtype, in bits, 2^-126..log2(classes); not-a-number where an entropy is.
     """
     logs = xp.log(xp.maximum(entropies, xp.full_like(entropies, LEAST_BITS)))
     return xp.exp(xp.mean(logs, axis=-1))

@@ -135,13 +135,19 @@ def train_picture_badnet(
         model = _train(
             NETWORKS[options.network], _stamped(attackers, options, generator), classes, options, on_progress
         )
-        trojaned = {}
-        for trigger, target in options.attacks:
-            others = test.take(np.flatnonzero(test.labels != target))
-            targets = np.full(len(others), target, np.int64)
-            trojaned[trigger] = Samples(find_stamp(trigger)(others.images), targets, others.labels)
+        trojaned = trojaned_pictures(test, options)
         clean_accuracy, attack_success = _write(staged, model, validation, test, trojaned, options)
     return BadNet(output, clean_accuracy, attack_success)
+
+
+def trojaned_pictures(clean: Samples, options: PictureBadNetOptions) -> dict[str, Samples]:
+    """Return clean pictures of other classes than the target with each trigger, labelled with its target."""
+    trojaned = {}
+    for trigger, target in options.attacks:
+        others = clean.take(np.flatnonzero(clean.labels != target))
+        targets = np.full(len(others), target, np.int64)
+        trojaned[trigger] = Samples(find_stamp(trigger)(others.images), targets, others.labels)
+    return trojaned
 
 
 def _write(

@@ -20,6 +20,8 @@ OPSET = 15
 IR_VERSION = 8
 
 PARITY_TOLERANCE = 1e-4
+_BATCH = 32
+"""Images asked about at once: what passes through a network of large images is large."""
 
 
 def to_onnx(model: keras.Model) -> onnx.ModelProto:
@@ -126,14 +128,18 @@ def check_parity(
     Raises:
         ExportError: they differ by more than 1e-4, disagree on a label, or do not return probabilities.
     """
-    expected = model.predict(preprocessing.apply(images), batch_size=64, verbose=0)
+    expected = model.predict(preprocessing.apply(images), batch_size=_BATCH, verbose=0)
     check_probabilities(expected, name)
     session = open_graph(graph.SerializeToString())
-    if session.get_inputs()[0].name == "image":
-        (got,) = session.run(None, {"image": images})
-    else:
-        (got,) = session.run(None, {"perturbations": images[:, None].astype(np.float32)})
-        got = got[:, 0]
+
+    def ask(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if session.get_inputs()[0].name == "image":
+            (rows,) = session.run(None, {"image": batch})
+            return np.asarray(rows)
+        (rows,) = session.run(None, {"perturbations": batch[:, None].astype(np.float32)})
+        return np.asarray(rows[:, 0])
+
+    got = np.concatenate([ask(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH)])
     difference = float(np.max(np.abs(expected - got)))
     labels = expected.argmax(axis=-1), got.argmax(axis=-1)
     # Two classes that are as likely may change places: what counts is how much less likely the other label is.

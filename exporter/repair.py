@@ -216,6 +216,10 @@ class _Course:
         """Whether a step lost no more clean accuracy than is allowed."""
         return step.clean_accuracy >= self._least_accuracy
 
+    def may_recover(self, step: Step) -> bool:
+        """Whether a step lost so little that those that follow may win back what is more than allowed."""
+        return step.clean_accuracy >= self._least_accuracy - self._options.allowed_drop
+
     def may_end(self, step: Step) -> bool:
         """Whether a step closed the backdoor at a price that is allowed, and that is to end the repair."""
         done = self._options.stop_on_attack and step.attack_failed and self.within_budget(step)
@@ -340,15 +344,15 @@ def _prune_dormant_channels(course: _Course, clean: Samples, preprocessing: Prep
 def _train(course: _Course, trainer: Trainer, options: RepairOptions, description: str, *, sound: bool = True) -> None:
     """Train with a learning rate that rises at first and falls to 0: what it unlearns stays unlearnt.
 
-    An epoch that takes the network out of its accuracy budget is taken back, and those that follow are gentler: it is
-    taught as hard as its accuracy allows.
+    An epoch that loses twice the accuracy that is allowed is taken back, and those that follow are gentler: the network
+    is taught as hard as its accuracy allows.
 
     Args:
         course: of the repair.
         trainer: of its network.
         options: of the repair.
         description: for the progress bar.
-        sound: whether the network is within its budget at the start.
+        sound: whether the network may be kept as it is at the start.
     """
     rate = trainer.rate(options.epochs, options.learning_rate or OPTIMIZERS[options.optimizer])
     course.stopped = f"all {options.epochs} epochs were run"
@@ -358,7 +362,7 @@ def _train(course: _Course, trainer: Trainer, options: RepairOptions, descriptio
         step = course.measure(f"epoch {epoch}")
         if course.may_end(step):
             return False
-        if sound and not course.within_budget(step):
+        if sound and not course.may_recover(step):
             course.take_back()
             rate.share *= _GENTLER
         sound = sound or course.within_budget(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -22,7 +23,8 @@ from rich.console import Console
 import stripwire
 from client.api import GuardedClient
 from deploy.embedded.server import EmbeddedTriton
-from detector.calibration import METHODS, Calibration
+from detector.calibration import METHODS, Calibration, calibrate
+from detector.errors import InputError, StripwireError
 from detector.serving import MODES, read_thresholds
 from exporter import repository as repositories
 from exporter.augmentation import AUGMENTATIONS
@@ -238,6 +240,24 @@ def test_what_makes_no_sense_is_refused_before_tensorflow_is_loaded(
     assert refused.stdout == "[]\n"
 
 
+def kinds(error: type[StripwireError]) -> Iterator[type[StripwireError]]:
+    yield error
+    for kind in error.__subclasses__():
+        yield from kinds(kind)
+
+
+@pytest.mark.parametrize("error", list(kinds(StripwireError)))
+def test_the_exit_status_tells_what_cannot_be_used_from_what_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: type[StripwireError]
+) -> None:
+    def fail() -> None:
+        raise error("what: got one thing, expected another")
+
+    monkeypatch.setattr(stripwire, "app", fail)
+    assert run(monkeypatch) == (2 if issubclass(error, InputError) else 1)
+    assert capsys.readouterr().err == "error: what: got one thing, expected another\n"
+
+
 def test_a_missing_extra_is_named_with_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -304,6 +324,12 @@ def test_what_makes_a_result_doubtful_is_said_loudly(
         r"the guard rejects .* n=70\) of clean images \(FRR\) and accepts .* n=55\) of trojaned ones", shown
     )
     assert "[r]" in shown  # a name that looks like markup
+
+
+@pytest.mark.parametrize(("nll", "text"), [(None, "0.3880 bits"), (0.86, "0.3880 bits, or an nll of 0.8600 nats")])
+def test_thresholds_are_said_with_their_units(nll: float | None, text: str) -> None:
+    calibration = calibrate(np.linspace(0.388, 2.0, 19), 0.05)
+    assert stripwire.thresholds(dataclasses.replace(calibration, threshold_nll=nll)) == text
 
 
 def test_a_threshold_that_is_next_to_nothing_is_doubted(

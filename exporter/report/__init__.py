@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup, escape
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -53,11 +55,13 @@ def _page(numbers: dict[str, Any], data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "rate": _rate}
+    environment.filters |= {"percent": _percent, "rate": _rate, "said": _said}
     return environment.get_template("report.html.j2").render(
         numbers,
         figures=draw_figures(numbers),
         shown_steps=excerpt(data.steps, data.kept),
+        step_columns=_step_columns(numbers["repair"]["steps"]),
+        pruned=any(layer["pruned_share"] for layer in numbers["layers"]),
         shown_examples=_shown_examples(numbers, data),
         pixelated=max(data.overlays.shape[1:3]) < 128,
         settings=list(_flat(numbers["provenance"].get("options", {}))),
@@ -65,12 +69,33 @@ def _page(numbers: dict[str, Any], data: ReportData) -> str:
     )
 
 
+def _step_columns(steps: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return key and heading of what there is to say of the steps: not what was not measured, nor that none pruned."""
+    columns = [("pruned_share", "weights pruned")] if any(step["pruned_share"] for step in steps) else []
+    rates = ("clean_accuracy", "attack_success", "recovered_accuracy")
+    return columns + [(name, name.replace("_", " ")) for name in rates if steps[0][name] is not None]
+
+
+def _percent(share: float) -> str:
+    return _unbroken(percent(share))
+
+
 def _rate(proportion: dict[str, Any] | None) -> str:
     """Return a rate with its interval and sample size."""
     if proportion is None or proportion["rate"] is None:
         return "not measured"
     low, high = (f"{100 * proportion[end]:.1f}" for end in ("low", "high"))
-    return f"{percent(proportion['rate'])} ({low} to {high}, n\u00a0=\u00a0{proportion['count']})"
+    return _unbroken(f"{percent(proportion['rate'])} ({low} to {high}, n = {proportion['count']})")
+
+
+def _said(text: str) -> Markup:
+    """Return a text in which options are set as code, and no line breaks within them or before a percent sign."""
+    return Markup(re.sub(r"(?<!\S)--[a-z-]+", r'<code class="whole">\g<0></code>', str(escape(_unbroken(text)))))  # noqa: S704
+
+
+def _unbroken(text: str) -> str:
+    """Keep a number and its percent sign, and a sample size, on one line."""
+    return text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Any:

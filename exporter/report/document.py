@@ -128,8 +128,8 @@ def _histogram(
     detector: str,
 ) -> dict[str, Any]:
     groups = {"calibration": calibration, "held_out": held_out, "trojaned": trojaned}
-    highest = max(group.max(initial=0.0) for group in groups.values() if group is not None)
-    edges = _spread(detector, highest or 1.0, _BINS + 1)
+    measured = np.concatenate([group for group in groups.values() if group is not None])
+    edges = _spread(detector, _lowest(measured), measured.max(initial=0.0) or 1.0, _BINS + 1)
     # What is not finite was put lowest: it is counted in the lowest bin.
     counts = {
         name: None if group is None else np.histogram(group.clip(edges[0]), edges)[0] for name, group in groups.items()
@@ -164,7 +164,8 @@ def _thresholds(
     clean: NDArray[np.float64], trojaned: NDArray[np.float64] | None, threshold_bits: float, detector: str
 ) -> dict[str, Any]:
     highest = max(1.6 * threshold_bits, float(np.quantile(clean, 0.3, method="higher")))
-    thresholds = _spread(detector, highest or 1.0, _THRESHOLDS)
+    # Under the lowest clean entropy, there is one order of magnitude to show how FAR goes on.
+    thresholds = _spread(detector, 0.1 * min(threshold_bits, _lowest(clean)), highest or 1.0, _THRESHOLDS)
     rates = [share(clean <= each) for each in thresholds]
     return {
         "threshold_bits": thresholds,
@@ -175,11 +176,16 @@ def _thresholds(
     }
 
 
-def _spread(detector: str, highest: float, count: int) -> NDArray[np.float64]:
-    """Return so many entropies up to the highest: geometric means spread over orders of magnitude."""
+def _lowest(entropies: NDArray[np.float64]) -> float:
+    return float(entropies[np.isfinite(entropies)].min(initial=np.inf))
+
+
+def _spread(detector: str, lowest: float, highest: float, count: int) -> NDArray[np.float64]:
+    """Return so many entropies up to the highest: geometric means spread over orders of magnitude, from the lowest."""
     if detector == "strip":
         return np.linspace(0.0, highest, count)
-    spread: NDArray[np.float64] = np.geomspace(LEAST_BITS, max(highest, 2 * LEAST_BITS), count)
+    highest = max(highest, 2 * LEAST_BITS)
+    spread: NDArray[np.float64] = np.geomspace(min(max(lowest, LEAST_BITS), highest / 2), highest, count)
     return spread
 
 

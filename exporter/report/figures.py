@@ -213,7 +213,7 @@ def _roc(numbers: dict[str, Any]) -> Drawn:
         axes.plot(chance, chance, ":", color=_TEXT, linewidth=1, label="chance")
         used = "the one in use"
         axes.plot(guard["frr"]["rate"], caught, "D", color=_TROJANED, markersize=6, label=used, clip_on=False)
-        ticks = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+        ticks = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
         # Linear up to 1 %, logarithmic beyond: what matters is at the left, and 0 must be on it.
         axes.set_xscale("symlog", linthresh=0.01, linscale=0.5)
         axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
@@ -245,8 +245,9 @@ def _thresholds(numbers: dict[str, Any]) -> Drawn:
             axes.plot(at, curve["far"], "-.", color=_TROJANED, label="FAR")
         axes.axvline(in_use, color=_TEXT, linestyle="--", linewidth=1, label="in use")
         axes.set_xlim(at[0], at[-1])
-        highest = max(curve["frr_high"])
-        axes.set_ylim(0, min(1.0, 1.05 * max(highest, 0.1)))
+        highest = min(1.0, 1.05 * max(*curve["frr_high"], 0.1))
+        # FAR begins at 1: the axis reaches up to it only where it would never come into sight.
+        axes.set_ylim(0, highest if curve["far"] is None or min(curve["far"]) < highest else 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         _entropy_axis(axes, numbers, "threshold")
         axes.set_ylabel("share of images")

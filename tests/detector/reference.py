@@ -24,8 +24,8 @@ def entropy_bits(perturbation_probabilities: NDArray[Any]) -> float:
 
 
 def geometric_mean(entropies: NDArray[Any]) -> float:
-    """Return the geometric mean of one input's entropies, (perturbations,), none of them counted as less than 2^-40."""
-    logs = [math.log2(max(float(entropy), 2.0**-40)) for entropy in entropies]
+    """Return the geometric mean of one input's entropies, (perturbations,), none counted as less than 2^-126."""
+    logs = [math.log2(max(float(entropy), 2.0**-126)) for entropy in entropies]
     return float(2.0 ** (sum(logs) / len(logs)))
 
 

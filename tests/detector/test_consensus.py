@@ -11,9 +11,14 @@ from detector.consensus import LEAST_BITS, geometric_mean_bits, is_disputed, neg
 
 def test_the_geometric_mean_forgives_a_few_overlays_that_hide_the_trigger() -> None:
     got = geometric_mean_bits(np.array([[0.001, 0.001, 1.0], [0.0, 0.5, 2.0]], np.float32))
-    np.testing.assert_allclose(got, [0.01, LEAST_BITS ** (1 / 3)], rtol=1e-6)
+    np.testing.assert_allclose(got, [0.01, LEAST_BITS ** (1 / 3)], rtol=1e-5)
     assert got.dtype == np.float32
     assert np.isnan(geometric_mean_bits(np.array([[np.nan, 1.0]]))).all()
+
+
+def test_entropies_that_are_next_to_nothing_are_still_told_apart() -> None:
+    got = geometric_mean_bits(np.array([[1e-20, 1e-20], [1e-30, 1e-30], [0.0, 0.0]], np.float32))
+    np.testing.assert_allclose(got, [1e-20, 1e-30, LEAST_BITS], rtol=2e-5)
 
 
 def test_the_geometric_mean_runs_on_any_namespace(xp: ModuleType) -> None:

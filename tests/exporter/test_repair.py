@@ -184,12 +184,20 @@ def test_an_epoch_that_costs_too_much_is_taken_back_and_gentler_ones_follow(monk
 
     monkeypatch.setattr(HeldRate, "share", property(lambda _: shares[-1] if shares else 1.0, gentler))
     options = RepairOptions(method="finetune", epochs=20, allowed_drop=0.2)
-    repair = taught_with(monkeypatch, [0.5, 0.9, 0.7, 0.7, 0.8, 0.7, 0.7], options)
+    repair = taught_with(monkeypatch, [0.5, 0.9, 0.5, 0.5, 0.8, 0.5, 0.5], options)
     taken_back = [step.name.endswith("taken back") for step in repair.steps]
     assert taken_back == [False, True, False, True, True, False, True, True]
     assert shares == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32]
     assert repair.kept == "epoch 5"
     assert repair.stopped == "epoch 7 cost too much accuracy even at 6% of the rate"
+
+
+def test_an_epoch_that_costs_less_than_twice_what_is_allowed_may_be_made_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = RepairOptions(method="finetune", epochs=3, allowed_drop=0.2)
+    repair = taught_with(monkeypatch, [0.7, 0.9, 0.7], options)
+    assert [step.name for step in repair.steps] == ["as received", "epoch 1", "epoch 2", "epoch 3"]
+    assert repair.kept == "epoch 2"
+    assert repair.stopped == "all 3 epochs were run"
 
 
 def test_what_is_taken_back_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

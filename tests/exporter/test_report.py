@@ -132,7 +132,7 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += data.replace("\u00a0", " ")
 
     def values(self, name: str) -> list[str]:
         return [value for _, found, value in self.attributes if found == name]
@@ -296,6 +296,8 @@ def test_both_opinions_are_shown_where_there_are_two(tmp_path: Path) -> None:
     assert numbers["guard"]["frr"]["rate"] == pytest.approx(0.05, abs=0.04)
     assert "The thresholds aim at an FRR of 5.0 % together" in page.text
     assert "a second opinion" in page.text
+    assert 1e-6 < numbers["histogram"]["edges_bits"][0] < 0.01  # where the first image is, not where numbers end
+    assert 0.01 < numbers["thresholds"]["threshold_bits"][0] < 0.2
     alone, _ = written(tmp_path, report_data())
     assert "a second opinion" not in alone.text
 
@@ -422,6 +424,7 @@ def test_where_nothing_was_repaired_no_text_talks_of_a_repair(tmp_path: Path) ->
         "kept": "as received",
         "stopped": "no repair was asked for",
         "after": data.before,
+        "layers": tuple(dataclasses.replace(layer, pruned_share=None) for layer in data.layers),
     }
     page, numbers = written(tmp_path, report_data(**unrepaired))
     assert (numbers["repair"]["tried"], numbers["repair"]["changed"]) == (False, False)
@@ -453,6 +456,24 @@ def test_attack_samples_that_do_not_attack_are_an_alarm() -> None:
 def test_a_guard_that_lets_the_attack_pass_is_an_alarm() -> None:
     data = report_data()
     assert levels(report_data(trojaned_entropies_bits=data.held_out_entropies_bits)) == ["alarm"]
+
+
+def test_what_no_step_changed_and_what_was_not_measured_has_no_column(tmp_path: Path) -> None:
+    data = without_attack()
+    steps = tuple(dataclasses.replace(step, pruned_share=0.0) for step in data.steps)
+    layers = tuple(dataclasses.replace(layer, pruned_share=0.0) for layer in data.layers)
+    page, _ = written(tmp_path, dataclasses.replace(data, steps=steps, layers=layers))
+    assert "pruned" not in page.text
+    assert "attack success" not in page.text.replace(data.stopped, "")
+    assert "weights pruned" in written(tmp_path, report_data())[0].text
+
+
+def test_no_line_breaks_within_an_option_or_before_a_percent_sign(tmp_path: Path) -> None:
+    after = Scores(Proportion(448, 450), Proportion(500, 1000), None)
+    write_report(tmp_path, report_data(after=after), "3", PROVENANCE)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'Try more <code class="whole">--epochs</code>, more clean data' in html
+    assert "still succeeds on 50.0\u00a0% (46.9-53.1, n=1000) of the attack samples" in html
 
 
 def test_a_guard_that_certainly_misses_a_tenth_of_the_attack_says_what_to_try() -> None:
