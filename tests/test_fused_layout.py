@@ -28,10 +28,10 @@ from exporter.repository import Recalibrated, ServedModel, activate, write_recal
 from model_repository.manifest import MODELS, verify_repository, write_manifest
 from samples.hdf5 import write_hdf5
 from samples.types import Samples
-from tests.networks import classifier
+from tests.networks import classifier, images_of
 
 SHAPE, CLASSES, OVERLAYS = (8, 7, 3), 5, 6
-IMAGES = np.random.default_rng(5).integers(0, 256, (100, *SHAPE), dtype=np.uint8)
+IMAGES = images_of(SHAPE, 100, seed=5)
 VERSIONS = {  # number: detector, layout, early exit
     "1": ("strip", "ensemble", True),
     "2": ("strip", "fused", True),
@@ -46,7 +46,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a repository with a version for each detector in each layout, all of the same networks and overlays."""
     sentinel, believer = (to_onnx(classifier(layers.Conv2D(4, 3, activation="relu"), seed=seed)) for seed in (1, 2))
     graphs = sentinel_graph(sentinel, Preprocessing()), repaired_graph(believer, Preprocessing())
-    overlays = np.random.default_rng(6).integers(0, 256, (OVERLAYS, *SHAPE), dtype=np.uint8)
+    overlays = images_of(SHAPE, OVERLAYS, seed=6)
     sessions = [open_graph(graph.SerializeToString()) for graph in graphs]
     entropies = entropy_matrix(sessions[0], IMAGES, overlays, 0.5)
     nlls = measure_nlls(*sessions, IMAGES)
@@ -149,7 +149,7 @@ def test_a_server_that_begins_with_the_fused_layout_holds_no_more_than_it_needs(
 @pytest.mark.parametrize("base", ["2", "3", "5"])
 def test_a_calibration_makes_a_new_fused_graph_of_what_is_stored(repository: Path, tmp_path: Path, base: str) -> None:
     activate(repository, base)
-    fresh = np.random.default_rng(7).integers(0, 256, (120, *SHAPE), dtype=np.uint8)
+    fresh = images_of(SHAPE, 120, seed=7)
     write_hdf5(tmp_path / "new.h5", Samples(fresh, np.zeros(len(fresh), np.int64)))
     result = recalibrate(repository, tmp_path / "new.h5", RecalibrationOptions(ThresholdRule(target_frr=0.1)))
     entry = verify_repository(repository)["versions"][result.version]
