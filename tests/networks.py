@@ -29,7 +29,7 @@ def classifier(
     keras.utils.set_random_seed(seed)
     head = [keras.layers.Flatten(), keras.layers.Dense(classes, activation="softmax")]
     layers = keras.Sequential([keras.Input(shape), *begin, *head])
-    return shaken(keras.Model(layers.inputs, layers.outputs[0]), seed)
+    return shaken(keras.Model(layers.inputs[0], layers.outputs[0]), seed)
 
 
 def shaken(model: keras.Model, seed: int = 0) -> keras.Model:

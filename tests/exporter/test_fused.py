@@ -48,7 +48,7 @@ def skipping(seed: int) -> keras.Model:
 def reshaped(seed: int) -> keras.Model:
     """Return a network whose last operator is no softmax."""
     model = classifier(layers.Conv2D(4, 3, activation="relu"), seed=seed)
-    return keras.Model(model.inputs, layers.Reshape((CLASSES,))(layers.Activation("linear")(model.outputs[0] * 1.0)))
+    return keras.Model(model.inputs[0], layers.Reshape((CLASSES,))(layers.Activation("linear")(model.outputs[0] * 1.0)))
 
 
 NETWORKS: dict[str, Callable[[int], keras.Model]] = {
@@ -136,7 +136,7 @@ def sure(probabilities: NDArray[Any]) -> NDArray[np.bool_]:
     alpha=st.floats(0.1, 0.9),
     rank=st.floats(0.0, 1.0),
 )
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_every_way_of_computing_it_gives_the_same_verdicts(
     name: str, seed: int, batch: int, count: int, alpha: float, rank: float
 ) -> None:
@@ -319,13 +319,13 @@ def test_a_network_that_is_very_sure_has_an_entropy_of_exactly_none() -> None:
 
 
 def test_overlays_come_in_the_order_that_lets_most_images_go_and_stages_end_where_they_do() -> None:
-    # By the last overlay half of the images are through, by the first two the others.
-    entropies = np.array([[2.0, 2.0, 0.0, 5.0]] * 5 + [[2.0, 2.0, 0.0, 0.0]] * 5)
+    # By the last overlay most of the images are through, by the first two the others.
+    entropies = np.array([[1.0, 1.0, 0.0, 5.0]] * 8 + [[1.8, 1.8, 0.0, 0.0]] * 2)
     plan = plan_stages(entropies, 3.5)
     assert plan.order[0] == 3
     assert set(plan.order[:3]) == {0, 1, 3}
     assert plan.ends == (1, 3, 4)
-    assert plan.expected == 0.5 * 1 + 0.5 * 3
+    assert plan.expected == pytest.approx(0.8 * 1 + 0.2 * 3)
     assert plan_stages(entropies, 100.0).ends == (4,)
     assert plan_stages(entropies, 100.0).expected == 4.0
     assert plan_stages(np.ones((3, 1)), 0.5) == Plan((0,), (1,), 1.0)
