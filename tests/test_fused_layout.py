@@ -49,7 +49,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overlays = images_of(SHAPE, OVERLAYS, seed=6)
     sessions = [open_graph(graph.SerializeToString()) for graph in graphs]
     entropies = entropy_matrix(sessions[0], IMAGES, overlays, 0.5)
-    nlls = measure_nlls(*sessions, IMAGES)
+    nlls = measure_nlls(sessions[0], sessions[1], IMAGES)
     calibrations = {name: ThresholdRule(target_frr=0.2, detector=name).calibrate(entropies, nlls) for name in DETECTORS}
     folder = tmp_path_factory.mktemp("layouts") / "repository"
     for number, (detector, layout, early_exit) in VERSIONS.items():
