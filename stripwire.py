@@ -80,6 +80,7 @@ Optimizer = Literal["adam", "sgd"]
 Detector = Literal["strip", "consensus"]
 Augment = Literal["occlusion", "none"]
 Mode = Literal["block", "shadow"]
+Layout = Literal["ensemble", "fused"]
 CalibrationMethod = Literal["quantile", "normal", "fixed"]
 OverlayChoice = Literal["random", "greedy"]
 Architecture = Literal["deepid"]
@@ -309,6 +310,15 @@ def export(
     threshold_bits: Annotated[
         float | None, typer.Option(help="Entropy threshold to use as it is, instead of --target-frr.")
     ] = None,
+    layout: Annotated[
+        Layout, typer.Option(help="What answers: models in a row, or for the same verdicts, sooner, one graph.")
+    ] = "ensemble",
+    early_exit: Annotated[
+        bool,
+        typer.Option(
+            " /--no-early-exit", help="Of fused: make all perturbations also where the input is certain to be accepted."
+        ),
+    ] = True,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -344,6 +354,8 @@ def export(
         rule=ThresholdRule(
             calibration_method, aim(target_frr, threshold_bits, overlay_choice), threshold_bits, detector
         ),
+        layout=layout,
+        early_exit=early_exit,
         seed=seed,
     )
     given = {

@@ -38,6 +38,7 @@ from detector.errors import (
     ServerError,
     ServerUnavailableError,
 )
+from detector.serving import SENTINEL
 
 OnProgress = Callable[[int, int], None]
 """Called with (images done, images in all)."""
@@ -138,12 +139,15 @@ class Verdict:
         trojaned: whether the image is taken to carry a trigger.
         entropy_bits: STRIP's mean entropy; low is suspicious.
         p_value: how often a clean image looks at least as suspicious to the detector, 0..1.
+        perturbations: how many perturbations were looked at. Where the server spares images that are certain to be
+            accepted the rest of theirs, entropy and p-value are by these.
     """
 
     label: int
     trojaned: bool
     entropy_bits: float
     p_value: float
+    perturbations: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +159,7 @@ class Verdicts:
         trojaned: (B,), bool.
         entropy_bits: (B,), float32.
         p_values: (B,), float32, 0..1.
+        perturbations: (B,), int32.
         probabilities: (B, M), float32, of the repaired network; None unless asked for.
         classes: M.
     """
@@ -163,6 +168,7 @@ class Verdicts:
     trojaned: NDArray[np.bool_]
     entropy_bits: NDArray[np.float32]
     p_values: NDArray[np.float32]
+    perturbations: NDArray[np.int32]
     probabilities: NDArray[np.float32] | None
     classes: int
 
@@ -170,8 +176,13 @@ class Verdicts:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Verdict:
-        entropy_bits, p_value = float(self.entropy_bits[index]), float(self.p_values[index])
-        return Verdict(int(self.labels[index]), bool(self.trojaned[index]), entropy_bits, p_value)
+        return Verdict(
+            label=int(self.labels[index]),
+            trojaned=bool(self.trojaned[index]),
+            entropy_bits=float(self.entropy_bits[index]),
+            p_value=float(self.p_values[index]),
+            perturbations=int(self.perturbations[index]),
+        )
 
     def __iter__(self) -> Iterator[Verdict]:
         return (self[index] for index in range(len(self)))
@@ -221,7 +232,7 @@ class GuardedClient:
         url: str = "127.0.0.1:8001",
         *,
         model: str = "guarded",
-        sentinel: str = "badnet",
+        sentinel: str = SENTINEL,
         timeout_seconds: float = 30.0,
         retries: int = 4,
         window: int = 4,
@@ -320,12 +331,14 @@ class GuardedClient:
             _Output("trojaned", np.bool_, (1,)),
             _Output("entropy", np.float32, (1,)),
             _Output("p_value", np.float32, (1,)),
+            _Output("perturbations", np.int32, (1,)),
         ]
         if probabilities:
             outputs.append(_Output("probabilities", np.float32, (about.classes,)))
-        label, trojaned, entropy, p_value, *rest = self._infer(about, images, _image_input, outputs, on_progress)
-        believed = rest[0] if rest else None
-        return Verdicts(label[:, 0], trojaned[:, 0], entropy[:, 0], p_value[:, 0], believed, about.classes)
+        answers = self._infer(about, images, _image_input, outputs, on_progress)
+        label, trojaned, entropy, p_value, count = (answer[:, 0] for answer in answers[:5])
+        believed = answers[5] if probabilities else None
+        return Verdicts(label, trojaned, entropy, p_value, count, believed, about.classes)
 
     def original_probabilities(
         self, images: NDArray[np.uint8], *, on_progress: OnProgress | None = None

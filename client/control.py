@@ -16,7 +16,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from client.api import GuardedClient
 from detector.errors import AccessDeniedError, ServerError
-from detector.serving import CONTROL_KEY, IDENTITY_KEY
+from detector.serving import BEHIND, CONTROL_KEY, IDENTITY_KEY, SENTINEL, layout_of
 
 ENSEMBLE = "guarded"
 _POLL_SECONDS = 0.05
@@ -95,7 +95,7 @@ class ModelControl:
             ServerError: the server serves another repository, or the version could not be loaded; the message says what
                 the server serves then.
         """
-        self.check_access()
+        states = self.states()
         old, old_models, identity = self.served()
         if versions.get(old, {}).get("identity") != identity:
             raise ServerError(
@@ -104,14 +104,19 @@ class ModelControl:
             )
         if old == version:
             return False
-        models, before = versions[version]["models"], self._config(ENSEMBLE)
-        renewed = [name for name, number in old_models.items() if models[name] != number]
+        held, models, before = dict(old_models), versions[version]["models"], self._config(ENSEMBLE)
+        beside = str(versions[old]["models"][SENTINEL])
+        if states.get((SENTINEL, beside)) == "READY":
+            held[SENTINEL] = int(beside)
+        needed = {*BEHIND[layout_of(models)], *held.keys() & {SENTINEL}}
+        # What comes, by name: the version of it that is held, None where the layout of `version` brings it along.
+        renewed = {name: held.get(name) for name in sorted(needed) if held.get(name) != models[name]}
         try:
-            for name in renewed:
-                self._load(name, {old_models[name], models[name]})
+            for name, number in renewed.items():
+                self._load(name, None if number is None else {number, models[name]})
             self._exchange(version)
         except ServerError as error:
-            goes_on = self._went_on(before, {name: old_models[name] for name in renewed})
+            goes_on = self._went_on(before, old, renewed)
             if goes_on != version:  # else the answer alone was lost
                 after = "serves nothing now: start it again" if goes_on is None else f"goes on with version {goes_on}"
                 raise ServerError(
@@ -119,28 +124,34 @@ class ModelControl:
                 ) from error
         with suppress(ServerError):  # it is done; what stays of the old version goes when it is switched next
             if self._is_idle(old):
-                for name in renewed:
-                    self._load(name, {models[name]})
+                self._hold_only({name: models[name] for name in renewed} | dict.fromkeys(held.keys() - needed))
         return True
 
-    def _went_on(self, before: ModelConfig, models: Mapping[str, int]) -> str | None:
+    def _went_on(self, before: ModelConfig, old: str, models: Mapping[str, int | None]) -> str | None:
         """Return what the server serves after a failure, put back to what it was if need be; None for nothing."""
         with suppress(ServerError):  # what matters is the first error
-            return self._tidied(models)
+            return self._tidied(old, models)
         with suppress(ServerError):
             config = json_format.MessageToJson(before, preserving_proto_field_name=True)
             self._client.ask(ENSEMBLE, lambda triton, **options: triton.load_model(ENSEMBLE, config=config, **options))
-            return self._tidied(models)
+            return self._tidied(old, models)
         return None
 
-    def _tidied(self, models: Mapping[str, int]) -> str:
+    def _tidied(self, old: str, models: Mapping[str, int | None]) -> str:
         """Return the version that is served; if it is the old one, its models alone stay loaded."""
-        version, served, _ = self.served()
-        if all(served[name] == number for name, number in models.items()):
+        version, _, _ = self.served()
+        if version == old:
             with suppress(ServerError):
-                for name, number in models.items():
-                    self._load(name, {number})
+                self._hold_only(models)
         return version
+
+    def _hold_only(self, models: Mapping[str, int | None]) -> None:
+        """Have the server hold one version of each model, by name, and none of a model whose version is None."""
+        for name, number in models.items():
+            if number is None:
+                self._client.ask(name, lambda triton, name=name, **options: triton.unload_model(name, **options))
+            else:
+                self._load(name, {number})
 
     def _exchange(self, version: str) -> None:
         """Load the ensemble as its files say."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,10 +30,19 @@ from detector.strip import (
 
 MODES = ("block", "shadow")
 
+BEHIND = {
+    "ensemble": ("strip_perturb", "badnet", "strip_entropy", "repaired", "strip_verdict"),
+    "fused": ("fused", "strip_verdict"),
+}
+"""The models that answer for `guarded`, by layout."""
+
+SENTINEL = "badnet"
+"""The original network by itself. Where it is not behind `guarded` it lies beside it: `evaluate` asks it for labels."""
+
 IDENTITY_KEY = "stripwire-identity"
 """Parameter of the ensemble that tells which version of which repository it is."""
 
-SENTINEL_OUTPUTS = ("sentinel_entropy", "sentinel_geometric_entropy", "sentinel_label")
+SENTINEL_OUTPUTS = ("sentinel_entropy", "sentinel_geometric_entropy", "sentinel_label", "sentinel_perturbations")
 REGION_FIELDS = ("entropies_bits", "nlls", "p_values")
 
 CONTROL_KEY = "stripwire-control"
@@ -122,9 +131,10 @@ def perturb_stage(args: dict[str, str], pb_utils: Any) -> Stage:
 
 
 def entropy_stage(args: dict[str, str], pb_utils: Any) -> Stage:
-    """Return the stage of `strip_entropy`: `sentinel_probabilities` to both means of the entropies and the label.
+    """Return the stage of `strip_entropy`: `sentinel_probabilities` to both means of the entropies, label and count.
 
-    `sentinel_label` is of the image as it came; without it among the perturbations, -1.
+    `sentinel_label` is of the image as it came; without it among the perturbations, -1. `sentinel_perturbations` is how
+    many others there are.
 
     Args:
         args: what Triton passes to `initialize`. The version folder holds `perturbations.json`, see
@@ -145,17 +155,22 @@ def entropy_stage(args: dict[str, str], pb_utils: Any) -> Stage:
             labels = xp.full(probabilities.shape[0], -1, dtype=xp.int32)
         entropies = perturbation_entropies_bits(probabilities, xp=xp)
         means = xp.mean(entropies, axis=-1), geometric_mean_bits(entropies, xp=xp)
-        return [column[:, None] for column in (*means, labels)]
+        counts = xp.full(entropies.shape[0], entropies.shape[1], dtype=xp.int32)
+        return [column[:, None] for column in (*means, labels, counts)]
 
     return Stage(pb_utils, ["sentinel_probabilities"], SENTINEL_OUTPUTS, compute, xp)
 
 
 def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
-    """Return the stage of `strip_verdict`: what `strip_entropy` found and repaired probabilities to all public outputs.
+    """Return the stage of `strip_verdict`: what the sentinel found and repaired probabilities to all public outputs.
 
-    It hands the entropy and the probabilities on under their public names: a tensor of an ensemble that is public and
-    read by another step is lost to that step when the caller does not ask for it. Its tensors are tiny, so it runs on
-    the CPU wherever the other models run.
+    What was found comes from `strip_entropy`, or from `fused`. There, an input that was certain to be accepted may have
+    been spared some perturbations: then its entropy is the mean over those that ran, which is over the threshold, and
+    its p-value is that of this entropy.
+
+    The stage hands entropy, count and probabilities on under their public names: a tensor of an ensemble that is public
+    and read by another step is lost to that step when the caller does not ask for it. Its tensors are tiny, so it runs
+    on the CPU wherever the other models run.
 
     Args:
         args: what Triton passes to `initialize`. The version folder holds `calibration.json`, see `read_thresholds`,
@@ -172,7 +187,9 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     if mode not in MODES:
         raise RepositoryError(f"{args['model_name']}: parameter mode is {mode!r}, expected one of {', '.join(MODES)}")
 
-    def compute(entropy: Array, geometric: Array, sentinel_label: Array, probabilities: Array) -> list[Array]:
+    def compute(
+        entropy: Array, geometric: Array, sentinel_label: Array, perturbations: Array, probabilities: Array
+    ) -> list[Array]:
         bits, nll = (entropy if detector == "strip" else geometric)[:, 0], None
         trojaned = is_trojaned(bits, threshold_bits)
         if threshold_nll is not None:
@@ -182,10 +199,16 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
         trojaned = trojaned | ~np.all(np.isfinite(probabilities), axis=-1)
         labels = guarded_labels(probabilities, trojaned, block=mode == "block")
         p_value = regions.p_value(bits, nll)
-        return [labels[:, None], trojaned[:, None], entropy, p_value[:, None], probabilities]
+        return [labels[:, None], trojaned[:, None], entropy, p_value[:, None], perturbations, probabilities]
 
     inputs = [*SENTINEL_OUTPUTS, "repaired_probabilities"]
-    return Stage(pb_utils, inputs, ["label", "trojaned", "entropy", "p_value", "probabilities"], compute)
+    outputs = ["label", "trojaned", "entropy", "p_value", "perturbations", "probabilities"]
+    return Stage(pb_utils, inputs, outputs, compute)
+
+
+def layout_of(models: Mapping[str, int]) -> str:
+    """Return the layout of a version that consists of these models: one of `BEHIND`."""
+    return "fused" if "fused" in models else "ensemble"
 
 
 def read_overlays(folder: Path) -> tuple[Array, float]:

@@ -28,10 +28,15 @@ def commands(model: Path, data: Data, output: Path, options: ExportOptions) -> t
         "calibration-method": rule.method,
         "target-frr": rule.target_frr if uses_target_frr(rule.threshold_bits, options.overlay_choice) else None,
         "threshold-bits": rule.threshold_bits,
+        "layout": options.layout,
         "seed": options.seed,
     }
     arguments = [str(part) for name, value in values.items() if value is not None for part in (f"--{name}", value)]
-    flags = {"--resize": options.resize, "--stop-on-attack": repair.stop_on_attack}
+    flags = {
+        "--resize": options.resize,
+        "--stop-on-attack": repair.stop_on_attack,
+        "--no-early-exit": not options.early_exit,
+    }
     arguments += [flag for flag, given in flags.items() if given]
     return ("stripwire", "export", str(model), *arguments), ("stripwire", "serve", str(output))
 

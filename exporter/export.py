@@ -22,6 +22,7 @@ from exporter.classifier import with_probabilities
 from exporter.commands import commands
 from exporter.convert import check_parity, repaired_graph, sentinel_graph, to_onnx
 from exporter.entropies import entropy_matrix, measure_nlls, open_graph
+from exporter.fused import check_fused, fuse
 from exporter.inputs import InputReader
 from exporter.keras_files import load_model
 from exporter.options import Data as Data
@@ -160,6 +161,19 @@ def export(
     if options.rule.detector == "consensus" and repair.changed:
         calibration = options.rule.calibrate(entropies, nlls_of(split.calibration))
 
+    fused = None
+    if options.layout == "fused":
+        fused = fuse(
+            badnet,
+            repaired,
+            overlays,
+            options.input_weight,
+            calibration,
+            entropies,
+            early_exit=options.early_exit,
+        )
+        check_fused(fused, split.calibration.images[:_PARITY_IMAGES], entropies[:_PARITY_IMAGES])
+
     deciding = measured if options.repair.stop_on_attack else None
     before, after = (_scores(network, split.validation, attack, preprocessing) for network in (model, repair.model))
     report = collect(
@@ -198,7 +212,7 @@ def export(
         "parity_max_difference": parity,
         "versions": _versions(),
     }
-    served = ServedModel(badnet, repaired, overlays, options.input_weight, calibration, classes, provenance)
+    served = ServedModel(badnet, repaired, overlays, options.input_weight, calibration, classes, provenance, fused)
     number = write_repository(output, served, lambda folder, number: write_report(folder, report, number, provenance))
     return Export(
         output=output,

@@ -9,6 +9,7 @@ from typing import Any
 
 from detector.calibration import ALPHAS, ThresholdRule
 from detector.errors import InputError
+from detector.serving import BEHIND
 from exporter.overlays import check_overlay_options
 from exporter.preprocessing import Preprocessing
 from exporter.splits import PARTS, check_parts
@@ -131,6 +132,8 @@ class ExportOptions:
         overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
         alpha: weight of the input in the blend; the overlay gets 1 - alpha. None for the detector's, see `ALPHAS`.
         rule: how to choose the threshold.
+        layout: one of `detector.serving.BEHIND`: `ensemble`, or `fused` for the same verdicts from one graph.
+        early_exit: in the fused layout, spare an input that is certain to be accepted the rest of its perturbations.
         seed: of the split, of the overlays and of everything random in the repair.
     """
 
@@ -142,11 +145,19 @@ class ExportOptions:
     overlay_choice: str = "random"
     alpha: float | None = None
     rule: ThresholdRule = field(default_factory=ThresholdRule)
+    layout: str = "ensemble"
+    early_exit: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise InputError for an option that makes no sense."""
         check_overlay_options(self.overlays, self.overlay_choice, self.input_weight)
+        if self.layout not in BEHIND:
+            raise InputError(f"layout: got {self.layout!r}, expected one of {', '.join(BEHIND)}")
+        if not self.early_exit and self.layout != "fused":
+            raise InputError(
+                f"no early exit: got it with --layout {self.layout}, which has none, expected fused; leave it out"
+            )
 
     @property
     def input_weight(self) -> float:

@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from detector.calibration import ALPHAS, Calibration, ThresholdRule, terms
 from detector.errors import CalibrationError, InputError
 from detector.serving import read_overlays, read_plain_first, read_thresholds
 from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, open_graph
+from exporter.fused import check_fused, fuse
 from exporter.inputs import InputReader
 from exporter.overlays import check_overlay_options, choose_greedily, part_sizes
 from exporter.publishing import check_writable, locked
 from exporter.repository import Recalibrated, write_recalibration
 from exporter.splits import units
-from model_repository.manifest import verify_repository
+from model_repository.manifest import FUSED, verify_repository
 from samples.types import Samples
+
+_CHECKED_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,13 @@ def recalibrate(
         repaired = open_graph(folders["repaired"] / "model.onnx")
         nlls = measure_nlls(session, repaired, images[parts.calibration], on_progress)
     calibration = options.rule.calibrate(entropies, nlls)
+    fused = None
+    if FUSED in models:
+        badnet, repaired_graph = (onnx.load(folders[name] / "model.onnx") for name in ("badnet", "repaired"))
+        early_exit = manifest["versions"][base][FUSED]["early_exit"]
+        fused = fuse(badnet, repaired_graph, overlays, alpha, calibration, entropies, early_exit=early_exit)
+        checked = parts.calibration[:_CHECKED_IMAGES]
+        check_fused(fused, images[checked], entropies[: len(checked)])
 
     provenance = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -162,7 +173,7 @@ def recalibrate(
         | {name: version(name) for name in ("stripwire", "numpy", "onnxruntime")},
     }
     as_before = options.keep_overlays and calibration.asks_repaired == read_plain_first(folders["strip_perturb"])
-    changed = Recalibrated(calibration, None if as_before else overlays, alpha, provenance)
+    changed = Recalibrated(calibration, None if as_before else overlays, alpha, provenance, fused)
     number = write_recalibration(repository, base, changed)
     _, base_threshold_bits, _ = read_thresholds(folders["strip_verdict"])
     notes = tuple(reader.notes)

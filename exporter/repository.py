@@ -1,4 +1,4 @@
-"""Writes the Triton model repository: the ensemble layout of the served graph."""
+"""Writes the Triton model repository, in either layout of the served graph."""
 
 from __future__ import annotations
 
@@ -31,9 +31,18 @@ from tritonclient.grpc.model_config_pb2 import (
 
 from detector.calibration import Calibration
 from detector.errors import InputError, RepositoryError
-from detector.serving import IDENTITY_KEY, MODES, REGION_FIELDS, SENTINEL_OUTPUTS, read_plain_first
+from detector.serving import (
+    BEHIND,
+    IDENTITY_KEY,
+    MODES,
+    REGION_FIELDS,
+    SENTINEL_OUTPUTS,
+    layout_of,
+    read_plain_first,
+)
+from exporter.fused import Fused
 from exporter.publishing import check_writable, locked, staged_folder
-from model_repository.manifest import MODELS, next_version, verify_repository, write_manifest
+from model_repository.manifest import FUSED, MODELS, next_version, verify_repository, write_manifest
 
 MAX_BATCH_SIZE = 64
 MAX_QUEUE_DELAY_MICROSECONDS = 500
@@ -54,6 +63,7 @@ class ServedModel:
         calibration: the threshold and what it rests on.
         classes: how many classes the networks know.
         provenance: what the manifest says about where this version came from.
+        fused: what serves instead of the ensemble's models, which lie beside it then; None for the ensemble layout.
     """
 
     badnet: onnx.ModelProto
@@ -63,6 +73,7 @@ class ServedModel:
     calibration: Calibration
     classes: int
     provenance: dict[str, Any]
+    fused: Fused | None = None
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -80,12 +91,14 @@ class Recalibrated:
             the repaired network is asked changes.
         alpha: weight of the input in the blend, which goes with `overlays`.
         provenance: what the manifest says about where this version came from.
+        fused: what overlays and threshold make of the fused graph; None where the version has none.
     """
 
     calibration: Calibration
     overlays: NDArray[np.uint8] | None
     alpha: float
     provenance: dict[str, Any]
+    fused: Fused | None = None
 
 
 def check_output(output: Path, image_shape: tuple[int, ...], classes: int) -> dict[str, Any] | None:
@@ -136,12 +149,14 @@ def write_repository(output: Path, served: ServedModel, write_report: Callable[[
         versions[number] = {
             "identity": uuid4().hex,
             "contract": _contract(served.image_shape, served.classes),
-            "models": dict.fromkeys(MODELS, int(number)),
+            "models": dict.fromkeys(MODELS if served.fused is None else (*MODELS, FUSED), int(number)),
             "previous": None if manifest is None else manifest["active"],
+            **_about(served.fused),
             **served.provenance,
         }
         with _replaced(output, versions, number) as staged:
             _write_networks(staged, number, served)
+            _write_fused(staged, number, served.fused)
             _write_overlays(staged, number, served.overlays, served.alpha, served.calibration)
             _write_entropy(staged, number, served.calibration)
             _write_calibration(staged, number, served.calibration)
@@ -171,18 +186,25 @@ def write_recalibration(repository: Path, base: str, changed: Recalibrated) -> s
                 f"{repository}: version {manifest['active']} became active while version {base} was calibrated again; "
                 "nothing was written, run it again"
             )
+        models = versions[base]["models"]
+        if (FUSED in models) != (changed.fused is not None):
+            raise RepositoryError(
+                f"{repository}: version {base} has the layout {layout_of(models)}, got a calibration for another; "
+                "nothing was written"
+            )
         number = next_version(versions)
-        renewed = ["guarded", "strip_verdict"]
+        renewed = ["guarded", "strip_verdict"] + ([] if changed.fused is None else [FUSED])
         if changed.overlays is not None:
             renewed.append("strip_perturb")
-        entropy = repository / "strip_entropy" / str(versions[base]["models"]["strip_entropy"])
+        entropy = repository / "strip_entropy" / str(models["strip_entropy"])
         if read_plain_first(entropy) != changed.calibration.asks_repaired:
             renewed.append("strip_entropy")
         versions[number] = {
             "identity": uuid4().hex,
             "contract": versions[base]["contract"],
-            "models": versions[base]["models"] | dict.fromkeys(renewed, int(number)),
+            "models": models | dict.fromkeys(renewed, int(number)),
             "previous": base,
+            **_about(changed.fused),
             **changed.provenance,
         }
         with _replaced(repository, versions, number) as staged:
@@ -190,6 +212,7 @@ def write_recalibration(repository: Path, base: str, changed: Recalibrated) -> s
                 _write_overlays(staged, number, changed.overlays, changed.alpha, changed.calibration)
             if "strip_entropy" in renewed:
                 _write_entropy(staged, number, changed.calibration)
+            _write_fused(staged, number, changed.fused)
             _write_calibration(staged, number, changed.calibration)
             _write_ensemble(staged, number)
     return number
@@ -262,9 +285,10 @@ def render(config: ModelConfig) -> str:
 def model_configs(
     image_shape: tuple[int, ...], classes: int, models: Mapping[str, int], identity: str = ""
 ) -> list[ModelConfig]:
-    """Return the configs of all six models; the batch dimension is implied by `max_batch_size`.
+    """Return the configs of all models of a version; the batch dimension is implied by `max_batch_size`.
 
-    The ensemble names the version of every model behind it, so that one response never mixes two versions.
+    `guarded` names the version of every model behind it, so that one response never mixes two versions. Where `fused`
+    is among the models, it serves; the ensemble's other models are at hand for whoever calibrates or compares.
 
     Args:
         image_shape: (height, width, channels).
@@ -279,6 +303,7 @@ def model_configs(
     sentinel_entropy = ("sentinel_entropy", TYPE_FP32, [1])
     geometric = ("sentinel_geometric_entropy", TYPE_FP32, [1])
     sentinel_label = ("sentinel_label", TYPE_INT32, [1])
+    sentinel_perturbations = ("sentinel_perturbations", TYPE_INT32, [1])
     repaired_probabilities = ("repaired_probabilities", TYPE_FP32, [classes])
     entropy = ("entropy", TYPE_FP32, [1])
     probabilities = ("probabilities", TYPE_FP32, [classes])
@@ -286,26 +311,32 @@ def model_configs(
     trojaned = ("trojaned", TYPE_BOOL, [1])
     p_value = ("p_value", TYPE_FP32, [1])
 
-    public = [label, trojaned, entropy, p_value, probabilities]
-    opinion = [sentinel_entropy, geometric, sentinel_label]
+    count = ("perturbations", TYPE_INT32, [1])
+
+    public = [label, trojaned, entropy, p_value, count, probabilities]
+    opinion = [sentinel_entropy, geometric, sentinel_label, sentinel_perturbations]
 
     guarded = _config("guarded", [image], public, platform="ensemble")
     guarded.parameters[IDENTITY_KEY].CopyFrom(ModelParameter(string_value=identity))
-    steps = (
-        ("strip_perturb", ["image"], ["perturbations"]),
-        ("badnet", ["perturbations"], ["sentinel_probabilities"]),
-        ("strip_entropy", ["sentinel_probabilities"], list(SENTINEL_OUTPUTS)),
-        ("repaired", ["image"], ["repaired_probabilities"]),
-        ("strip_verdict", [*SENTINEL_OUTPUTS, "repaired_probabilities"], [name for name, _, _ in public]),
-    )
-    for name, inputs, outputs in steps:
-        # A tensor has the same name in every model that reads or writes it.
+    tensors: dict[str, tuple[list[str], list[str]]] = {
+        "strip_perturb": (["image"], ["perturbations"]),
+        "badnet": (["perturbations"], ["sentinel_probabilities"]),
+        "strip_entropy": (["sentinel_probabilities"], [*SENTINEL_OUTPUTS]),
+        "repaired": (["image"], ["repaired_probabilities"]),
+        "fused": (["image"], [*SENTINEL_OUTPUTS, "repaired_probabilities"]),
+        "strip_verdict": ([*SENTINEL_OUTPUTS, "repaired_probabilities"], [name for name, _, _ in public]),
+    }
+    for name in BEHIND[layout_of(models)]:
+        inputs, outputs = tensors[name]
+        # A tensor has the same name in every model that reads or writes it, but for the blended images: how many of
+        # them there were is public under theirs.
+        among = {} if name == "strip_verdict" else {"perturbations": "blends"}
         guarded.ensemble_scheduling.step.append(
             ModelEnsembling.Step(
                 model_name=name,
                 model_version=models[name],
-                input_map={tensor: tensor for tensor in inputs},
-                output_map={tensor: tensor for tensor in outputs},
+                input_map={tensor: among.get(tensor, tensor) for tensor in inputs},
+                output_map={tensor: among.get(tensor, tensor) for tensor in outputs},
             )
         )
     verdict = _config("strip_verdict", [*opinion, repaired_probabilities], public, backend="python", image_sized=False)
@@ -318,6 +349,8 @@ def model_configs(
         _config("repaired", [image], [repaired_probabilities], platform="onnxruntime_onnx"),
         verdict,
     ]
+    if FUSED in models:
+        configs.append(_config(FUSED, [image], [*opinion, repaired_probabilities], platform="onnxruntime_onnx"))
     for config in configs:
         config.version_policy.specific.versions.append(models[config.name])
     return configs
@@ -357,6 +390,15 @@ def _config(
 def _write_networks(repository: Path, version: str, served: ServedModel) -> None:
     for name, graph in (("badnet", served.badnet), ("repaired", served.repaired)):
         onnx.save(graph, _version_folder(repository, name, version) / "model.onnx")
+
+
+def _write_fused(repository: Path, version: str, fused: Fused | None) -> None:
+    if fused is not None:
+        onnx.save(fused.graph, _version_folder(repository, FUSED, version) / "model.onnx")
+
+
+def _about(fused: Fused | None) -> dict[str, Any]:
+    return {} if fused is None else {FUSED: fused.to_json()}
 
 
 def _write_overlays(

@@ -12,10 +12,13 @@ from typing import Any
 from detector.errors import RepositoryError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 
 MODELS = ("guarded", "strip_perturb", "badnet", "strip_entropy", "repaired", "strip_verdict")
-"""Every model of the served graph. A version consists of one version of each; it may share some with others."""
+"""Every model of the ensemble. A version consists of one version of each; it may share some with others."""
+
+FUSED = "fused"
+"""One model more has a version in the fused layout: the ensemble's graphs in one, which serves instead of them."""
 
 
 def sha256_of(path: Path) -> str:
@@ -34,7 +37,8 @@ def write_manifest(repository: Path, versions: dict[str, Any], active: str) -> N
         repository: the model repository, complete but for its manifest.
         versions: by version number, what each version is: `identity`, which no other version of any repository has;
             `models`, the version number of each model that it consists of; `previous`, the version that was active when
-            it was written, None for the first; `contract`; and where it came from.
+            it was written, None for the first; `contract`; `fused`, where it has that model, what it is; and where it
+            came from.
         active: the version that the configs in `repository` have Triton serve.
     """
     files = {name: sha256_of(repository / name) for name in sorted(_files(repository))}
@@ -71,7 +75,7 @@ def read_manifest(repository: Path) -> dict[str, Any]:
     for number, version in versions.items():
         if not (number.isascii() and number.isdigit() and _is_version(version, versions)):
             raise RepositoryError(f"{path}: version {number!r} is malformed; export the repository again")
-        parts = [f"{model}/{version['models'][model]}/" for model in MODELS]
+        parts = [f"{model}/{number}/" for model, number in version["models"].items()]
         incomplete = [part for part in parts if not any(name.startswith(part) for name in files)]
         if incomplete:
             raise RepositoryError(
@@ -119,7 +123,8 @@ def _is_version(version: Any, versions: dict[str, Any]) -> bool:
         return False
     models = version["models"]
     known = version.get("previous", "") in (None, *versions)
-    return known and models.keys() == set(MODELS) and all(type(number) is int for number in models.values())
+    fused = {FUSED} if isinstance(version.get(FUSED), dict) else set()
+    return known and models.keys() == {*MODELS, *fused} and all(type(number) is int for number in models.values())
 
 
 def _digest(path: Path) -> str | None:

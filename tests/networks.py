@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import keras
+import numpy as np
+from numpy.typing import NDArray
 
 
 def small_network(shape: tuple[int, int, int] = (8, 7, 3), classes: int = 5) -> keras.Model:
@@ -18,3 +20,32 @@ def small_network(shape: tuple[int, int, int] = (8, 7, 3), classes: int = 5) -> 
         ]
     )
     return keras.Model(layers.inputs, layers.outputs[0])  # functional, as the loader returns every network
+
+
+def classifier(
+    *begin: keras.layers.Layer, shape: tuple[int, int, int] = (8, 7, 3), classes: int = 5, seed: int = 0
+) -> keras.Model:
+    """Return a small classifier that begins with some layers, see `shaken`."""
+    keras.utils.set_random_seed(seed)
+    head = [keras.layers.Flatten(), keras.layers.Dense(classes, activation="softmax")]
+    layers = keras.Sequential([keras.Input(shape), *begin, *head])
+    return shaken(keras.Model(layers.inputs[0], layers.outputs[0]), seed)
+
+
+def shaken(model: keras.Model, seed: int = 0) -> keras.Model:
+    """Give a network biases that are not 0, have it be sure of some images and not of others, and return it."""
+    generator = np.random.default_rng(seed)
+    shake = [generator.uniform(0.05, 0.2, array.shape) if array.ndim == 1 else 0.0 for array in model.get_weights()]
+    model.set_weights([array + by for array, by in zip(model.get_weights(), shake, strict=True)])
+    answers = model.predict_on_batch(generator.normal(size=(64, *model.input_shape[1:])))
+    last = [layer for layer in model.layers if isinstance(layer, keras.layers.Dense)][-1]
+    last.kernel.assign(last.kernel * 2.5 / np.log(answers + 1e-9).std(axis=0).mean())
+    return model
+
+
+def images_of(shape: tuple[int, ...], count: int, seed: int) -> NDArray[np.uint8]:
+    """Return uint8 images, noise of less contrast and of more, which networks are more sure of and less."""
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (count, *shape))
+    lowest = generator.integers(0, 256, (count, 1, 1, 1))
+    return np.maximum(images, lowest).astype(np.uint8)

@@ -58,15 +58,15 @@ def separable() -> keras.Model:
 
 
 @pytest.mark.parametrize(
-    ("build", "preprocessing", "outputs"),
+    ("build", "preprocessing", "outputs", "layout"),
     [
-        (residual, Preprocessing("unit", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "logits"),
-        (separable, Preprocessing("raw", (127.5,), (127.5,)), "probabilities"),
+        (residual, Preprocessing("unit", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "logits", "ensemble"),
+        (separable, Preprocessing("raw", (127.5,), (127.5,)), "probabilities", "fused"),
     ],
     ids=["resnet", "separable"],
 )
 def test_a_classifier_is_exported_and_served(
-    build: Any, preprocessing: Preprocessing, outputs: str, tmp_path: Path
+    build: Any, preprocessing: Preprocessing, outputs: str, layout: str, tmp_path: Path
 ) -> None:
     seed_everything(0)
     model = build()
@@ -78,7 +78,8 @@ def test_a_classifier_is_exported_and_served(
     )
     model.save(tmp_path / "net.keras")
     write_hdf5(tmp_path / "clean.h5", data)
-    options = ExportOptions(preprocessing=preprocessing, repair=RepairOptions(max_rounds=1, epochs=1, allowed_drop=0.9))
+    repair = RepairOptions(max_rounds=1, epochs=1, allowed_drop=0.9)
+    options = ExportOptions(preprocessing=preprocessing, repair=repair, layout=layout)
     result = export(tmp_path / "net.keras", Data(tmp_path / "clean.h5"), tmp_path / "repository", options)
     assert result.provenance["network_outputs"] == outputs
     assert result.repair.changed

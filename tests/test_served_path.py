@@ -33,6 +33,7 @@ CONTRACT: dict[str, tuple[type, int]] = {
     "trojaned": (np.bool_, 1),
     "entropy": (np.float32, 1),
     "p_value": (np.float32, 1),
+    "perturbations": (np.int32, 1),
     "probabilities": (np.float32, 12),
 }
 LAYERS = ("conv_1", "conv_2", "conv_3", "conv_4", "fc_1", "fc_2", "output")
@@ -71,6 +72,7 @@ def test_the_metadata_tells_the_contract(server: EmbeddedTriton) -> None:
         ("trojaned", "BOOL", [-1, 1]),
         ("entropy", "FP32", [-1, 1]),
         ("p_value", "FP32", [-1, 1]),
+        ("perturbations", "INT32", [-1, 1]),
         ("probabilities", "FP32", [-1, 12]),
     ]
 

@@ -78,7 +78,9 @@ def test_classify_prints_a_row_for_each_image(
     assert table.count("accepted") + table.count("trojaned") == 3
     assert run(monkeypatch, "classify", *files, "--url", server.grpc_address, "--json") == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [sorted(row) for row in rows] == [["entropy_bits", "label", "name", "p_value", "trojaned"]] * 3
+    assert [sorted(row) for row in rows] == [
+        ["entropy_bits", "label", "name", "p_value", "perturbations", "trojaned"]
+    ] * 3
     assert rows[0]["entropy_bits"] == pytest.approx(rows[1]["entropy_bits"], abs=1e-5)
 
 

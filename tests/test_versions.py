@@ -27,6 +27,7 @@ from deploy.embedded.server import EmbeddedTriton
 from detector.calibration import fixed_threshold
 from detector.errors import AccessDeniedError, InputError, ServerError, SetupError
 from exporter.convert import repaired_graph, sentinel_graph, to_onnx
+from exporter.fused import fuse
 from exporter.preprocessing import Preprocessing
 from exporter.repository import Recalibrated, ServedModel, activate, write_recalibration, write_repository
 from model_repository.manifest import read_manifest, verify_repository, write_manifest
@@ -47,7 +48,7 @@ def recalibrated(seed: int, threshold_bits: float) -> Recalibrated:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a repository of three versions; version 2 accepts what 1 and 3 reject, and each has its own overlays."""
+    """Return a repository of four versions, with overlays of their own: 2 accepts what others reject, 4 is fused."""
     network = to_onnx(small_network(SHAPE, CLASSES))
     graphs = (sentinel_graph(network, Preprocessing()), repaired_graph(network, Preprocessing()))
     calibration = fixed_threshold(np.array([1.0, 2.0]), REJECTS_ALL)
@@ -55,6 +56,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_repository(folder, ServedModel(*graphs, overlays(1), 0.5, calibration, CLASSES, {}))
     write_recalibration(folder, "1", recalibrated(2, ACCEPTS_ALL))
     write_repository(folder, ServedModel(*graphs, overlays(3), 0.5, calibration, CLASSES, {}))
+    fused = fuse(*graphs, overlays(4), 0.5, calibration, np.ones((2, 4)))
+    write_repository(folder, ServedModel(*graphs, overlays(4), 0.5, calibration, CLASSES, {}, fused))
     return folder
 
 
@@ -125,7 +128,7 @@ class Traffic:
 def test_a_server_under_load_switches_without_a_failed_or_mixed_answer(repository: Path, mode: str) -> None:
     with EmbeddedTriton(repository, mode=mode) as server, controlling(server) as control:
         with Traffic(server.grpc_address) as traffic:
-            for version in ("2", "3", "2"):  # calibrated again, exported again, and back
+            for version in ("2", "3", "4", "2"):  # calibrated again, exported again, in the other layout, and back
                 activate(repository, version)
                 assert switch_to_active(control, repository)
                 assert control.served()[0] == version
@@ -137,8 +140,9 @@ def test_a_server_under_load_switches_without_a_failed_or_mixed_answer(repositor
             ("1", True),
             ("2", False),
             ("3", True),
+            ("4", True),
         ]
-        assert len({entropy for _, _, entropy in traffic.answers}) == 3
+        assert len({entropy for _, _, entropy in traffic.answers}) == 4
         with triton_grpc.InferenceServerClient(server.grpc_address) as client:
             verdict = client.get_model_config("strip_verdict").config
         assert verdict.parameters["mode"].string_value == mode
@@ -288,6 +292,6 @@ def test_the_manifest_knows_what_each_version_consists_of(exported: Path) -> Non
         "repaired": 1,
         "strip_verdict": 2,
     }
-    assert [version["previous"] for version in versions.values()] == [None, "1", "2"]
-    assert json.loads((exported / "manifest.json").read_text())["active"] == "3"
+    assert [version["previous"] for version in versions.values()] == [None, "1", "2", "3"]
+    assert json.loads((exported / "manifest.json").read_text())["active"] == "4"
     assert not (exported / "badnet" / "2").exists()

@@ -30,7 +30,7 @@ import psutil
 
 from deploy.embedded.control_file import write_control_token
 from detector.errors import InputError, ServerError, ServerStartError, SetupError
-from detector.serving import CONTROL_KEY, MODES
+from detector.serving import CONTROL_KEY, MODES, SENTINEL
 from model_repository.manifest import verify_repository
 
 _BACKENDS = Path(__file__).parent / "backends"
@@ -338,6 +338,7 @@ class EmbeddedTriton:
             # Versions are switched by asking for it. Whoever may load a model may run code: only with the token.
             "--model-control-mode=explicit",
             "--load-model=guarded",  # and what it consists of
+            f"--load-model={SENTINEL}",  # which a fused graph holds inside, where nobody can ask it
             f"--grpc-restricted-protocol={_RESTRICTED}={self.control_token}",
             f"--http-restricted-api={_RESTRICTED}={self.control_token}",
         ]

@@ -116,6 +116,7 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
             "trojaned": first >= 200,
             "entropy": (first / 10).astype(np.float32),
             "p_value": (first / 255).astype(np.float32),
+            "perturbations": (first % 11).astype(np.int32),
             "probabilities": one_hot,
             "sentinel_probabilities": one_hot[:, None],
         } | self.replace_outputs
@@ -173,6 +174,7 @@ def test_each_image_gets_its_label_verdict_and_entropy(client: GuardedClient) ->
     assert verdicts.trojaned.tolist() == [False, True, False]
     np.testing.assert_allclose(verdicts.entropy_bits, [0.7, 20.0, 1.2], rtol=1e-6)
     np.testing.assert_allclose(verdicts.p_values, [7 / 255, 200 / 255, 12 / 255], rtol=1e-6)
+    assert verdicts.perturbations.tolist() == [7, 2, 1]
     assert [array.dtype.name for array in (verdicts.labels, verdicts.trojaned, verdicts.entropy_bits)] == [
         "int32",
         "bool",
@@ -194,8 +196,8 @@ def test_probabilities_come_only_when_asked_for(client: GuardedClient, server: S
     verdicts = client.classify(images_of([1, 4]), probabilities=True)
     assert verdicts.probabilities is not None
     np.testing.assert_array_equal(verdicts.probabilities, [[0, 1, 0, 0, 0], [0, 0, 0, 0, 1]])
-    assert server.inferences[0].outputs == ["label", "trojaned", "entropy", "p_value"]
-    assert server.inferences[1].outputs == ["label", "trojaned", "entropy", "p_value", "probabilities"]
+    assert server.inferences[0].outputs == ["label", "trojaned", "entropy", "p_value", "perturbations"]
+    assert server.inferences[1].outputs == ["label", "trojaned", "entropy", "p_value", "perturbations", "probabilities"]
 
 
 def test_more_images_than_the_server_takes_are_split_and_stay_in_order(client: GuardedClient, server: Server) -> None:

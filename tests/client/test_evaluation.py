@@ -45,6 +45,7 @@ class FakeClient:
             trojaned=np.array([row[2] for row in rows]),
             entropy_bits=np.array([row[3] for row in rows], np.float32),
             p_values=np.nan_to_num(np.array([row[3] / 10 for row in rows], np.float32)),
+            perturbations=np.full(len(rows), 10, np.int32),
             probabilities=np.eye(CLASSES, dtype=np.float32)[[row[1] for row in rows]] if probabilities else None,
             classes=CLASSES,
         )

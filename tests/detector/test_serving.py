@@ -16,7 +16,7 @@ from detector.serving import SENTINEL_OUTPUTS, entropy_stage, perturb_stage, ver
 from tests.detector import reference
 from tests.detector.triton import PbUtils, request
 
-PUBLIC = ["label", "trojaned", "entropy", "p_value", "probabilities"]
+PUBLIC = ["label", "trojaned", "entropy", "p_value", "perturbations", "probabilities"]
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -36,8 +36,12 @@ def arguments(folder: Path, mode: str | None = "block", kind: str = "CPU") -> di
 def opinions(entropies: list[list[float]]) -> dict[str, Any]:
     """Return the sentinel's tensors as `strip_entropy` sends them when `strip` decides alone."""
     bits = np.array(entropies, np.float32)
-    label = np.full(bits.shape, -1, np.int32)
-    return {"sentinel_entropy": bits, "sentinel_geometric_entropy": bits / 2, "sentinel_label": label}
+    return {
+        "sentinel_entropy": bits,
+        "sentinel_geometric_entropy": bits / 2,
+        "sentinel_label": np.full(bits.shape, -1, np.int32),
+        "sentinel_perturbations": np.full(bits.shape, 3, np.int32),
+    }
 
 
 @pytest.fixture
@@ -83,6 +87,8 @@ def test_the_entropy_stage_keeps_the_batch_dimension(model_folder: Path) -> None
     np.testing.assert_allclose(answer.arrays()["sentinel_entropy"], [[2.0], [5 / 3]])
     np.testing.assert_allclose(answer.arrays()["sentinel_geometric_entropy"], [[2.0], [4 ** (1 / 3)]], rtol=1e-6)
     assert answer.arrays()["sentinel_label"].tolist() == [[-1], [-1]]
+    assert answer.arrays()["sentinel_perturbations"].tolist() == [[3], [3]]
+    assert answer.arrays()["sentinel_perturbations"].dtype == np.int32
 
 
 def test_consensus_shows_the_sentinel_the_image_as_it_came_first(model_folder: Path) -> None:
@@ -105,6 +111,7 @@ def test_the_first_row_gives_the_label_and_the_others_the_entropy(model_folder: 
     )
     np.testing.assert_allclose(answer.arrays()["sentinel_entropy"], [[0.5], [1.0]])
     assert answer.arrays()["sentinel_label"].tolist() == [[1], [0]]
+    assert answer.arrays()["sentinel_perturbations"].tolist() == [[2], [2]]
 
 
 def test_consensus_rejects_what_the_repaired_network_does_not_believe(model_folder: Path) -> None:
@@ -117,6 +124,7 @@ def test_consensus_rejects_what_the_repaired_network_does_not_believe(model_fold
                 sentinel_entropy=np.array([[9.0], [9.0], [9.0]], np.float32),
                 sentinel_geometric_entropy=np.array([[9.0], [9.0], [0.4]], np.float32),
                 sentinel_label=np.array([[0], [1], [0]], np.int32),  # nll 0.05, 3.0, 0.05
+                sentinel_perturbations=np.array([[3], [3], [3]], np.int32),
                 repaired_probabilities=probabilities,
             )
         ]
@@ -136,6 +144,7 @@ def test_the_mode_decides_what_a_trojaned_input_gets(model_folder: Path, mode: s
     assert answer.arrays()["label"].tolist() == [[label], [1]]
     assert answer.arrays()["label"].dtype == np.int32
     assert answer.arrays()["trojaned"].tolist() == [[True], [False]]
+    assert answer.arrays()["perturbations"].tolist() == [[3], [3]]
 
 
 def test_an_input_whose_repaired_probabilities_are_broken_is_rejected(model_folder: Path) -> None:

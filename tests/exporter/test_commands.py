@@ -37,6 +37,8 @@ class _CaughtError(Exception):
         ExportOptions(repair=RepairOptions("bounds", allowed_drop=0.01), rule=ThresholdRule(detector="consensus")),
         ExportOptions(rule=ThresholdRule(threshold_bits=0.5), repair=RepairOptions("none")),
         ExportOptions(rule=ThresholdRule(None, 0.1, threshold_bits=0.5), overlay_choice="greedy"),
+        ExportOptions(layout="fused"),
+        ExportOptions(layout="fused", early_exit=False),
     ],
 )
 def test_it_says_all_that_shapes_the_result(

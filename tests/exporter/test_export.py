@@ -58,12 +58,23 @@ def test_a_second_export_adds_a_version(badnet: Path, tmp_path: Path) -> None:
     inputs = (badnet / "bd_net.keras", Data(badnet / "clean_validation_data.h5"), tmp_path / "repository")
     first = export(*inputs, ExportOptions(repair=NO_REPAIR))
     second = export(
-        *inputs, ExportOptions(repair=NO_REPAIR, overlays=3, alpha=0.7, rule=ThresholdRule(threshold_bits=0.25))
+        *inputs,
+        ExportOptions(
+            repair=NO_REPAIR,
+            overlays=3,
+            alpha=0.7,
+            rule=ThresholdRule(threshold_bits=0.25),
+            layout="fused",
+            early_exit=False,
+        ),
     )
     assert (first.version, second.version) == ("1", "2")
     versions = verify_repository(tmp_path / "repository")["versions"]
     assert versions["2"]["calibration"]["threshold_bits"] == 0.25
     assert versions["2"]["calibration"]["method"] == "fixed"
+    assert "fused" not in versions["1"]["models"]
+    assert versions["2"]["models"]["fused"] == 2
+    assert versions["2"]["fused"]["early_exit"] is False
 
 
 def test_the_wrong_scale_is_named_with_the_accuracy_at_each(badnet: Path) -> None:

@@ -35,6 +35,7 @@ from tests.networks import small_network
 
 SHAPE, CLASSES = (8, 7, 3), 5
 ONE = dict.fromkeys(MODELS, 1)
+ONE_FUSED = dict.fromkeys((*MODELS, "fused"), 1)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def repository(tmp_path: Path, served: ServedModel) -> Path:
 
 
 def test_every_config_is_the_protobuf_that_was_meant() -> None:
-    for config in model_configs(SHAPE, CLASSES, ONE):
+    for config in model_configs(SHAPE, CLASSES, ONE_FUSED):
         assert text_format.Parse(render(config), ModelConfig()) == config
         assert config.max_batch_size == 64
 
@@ -78,14 +79,25 @@ def test_the_ensemble_keeps_the_batch_dimension_and_batches_at_every_step() -> N
     assert {step.platform for step in steps if not step.backend} == {"onnxruntime_onnx"}
 
 
-def test_the_public_contract_stands_in_the_config() -> None:
-    guarded = model_configs(SHAPE, CLASSES, ONE)[0]
+def test_in_the_fused_layout_one_graph_and_the_verdict_answer() -> None:
+    guarded, *others = model_configs(SHAPE, CLASSES, ONE_FUSED)
+    assert [step.model_name for step in guarded.ensemble_scheduling.step] == ["fused", "strip_verdict"]
+    assert {config.name for config in others} == ONE_FUSED.keys() - {"guarded"}
+    (fused,) = (config for config in others if config.name == "fused")
+    assert fused.platform == "onnxruntime_onnx"
+    assert fused.HasField("dynamic_batching")
+
+
+@pytest.mark.parametrize("models", [ONE, ONE_FUSED], ids=["ensemble", "fused"])
+def test_the_public_contract_stands_in_the_config(models: dict[str, int]) -> None:
+    guarded = model_configs(SHAPE, CLASSES, models)[0]
     assert [(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in guarded.input] == [("image", 2, [8, 7, 3])]
     assert [(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in guarded.output] == [
         ("label", 8, [1]),
         ("trojaned", 1, [1]),
         ("entropy", 11, [1]),
         ("p_value", 11, [1]),
+        ("perturbations", 8, [1]),
         ("probabilities", 11, [5]),
     ]
 
@@ -165,7 +177,7 @@ def test_a_linked_folder_is_named(repository: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", '{"format": 3}', '{"format": 2, "files": {}, "versions": {}}', '{"format": 2}']
+    "text", ["", "[]", "null", '{"format": 4}', '{"format": 3, "files": {}, "versions": {}}', '{"format": 3}']
 )
 def test_a_broken_manifest_is_refused(repository: Path, text: str) -> None:
     (repository / "manifest.json").write_text(text)
@@ -298,7 +310,7 @@ def test_an_altered_repository_is_neither_calibrated_nor_rolled_back(repository:
 def test_a_repository_of_an_older_format_is_to_be_exported_again(repository: Path) -> None:
     manifest = json.loads((repository / "manifest.json").read_text())
     (repository / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
-    with pytest.raises(RepositoryError, match="got manifest format 1, expected 2; export the repository again"):
+    with pytest.raises(RepositoryError, match="got manifest format 1, expected 3; export the repository again"):
         activate(repository)
 
 
