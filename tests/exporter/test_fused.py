@@ -136,7 +136,7 @@ def sure(probabilities: NDArray[Any]) -> NDArray[np.bool_]:
     alpha=st.floats(0.1, 0.9),
     rank=st.floats(0.0, 1.0),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_every_way_of_computing_it_gives_the_same_verdicts(
     name: str, seed: int, batch: int, count: int, alpha: float, rank: float
 ) -> None:
