@@ -215,7 +215,7 @@ finally:
         ("export net.keras --clean data.h5 --output out --selection-images data.h5", "selection data: got some"),
         ("export net.keras --clean data.h5 --output data.h5", "is a file, expected a folder"),
         ("export net.keras --output out", "clean data: got none, expected some to draw from: overlays, calibration"),
-        ("train-badnet out --target 500 --identities 100", "target: got 500, expected a class, 0 to 99"),
+        ("train-badnet out --target 500 --identities 100", "target of sunglasses: got 500, expected a class, 0 to 99"),
         ("train-badnet .", "exists and is not empty"),
         ("train-badnet-on out --train data.h5 --test data.h5 --epochs 0", "epochs: got 0, expected at least 1"),
         ("calibrate out --clean data.h5 --overlays 0", "overlays: got 0"),
