@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import keras
 import numpy as np
 from numpy.typing import NDArray
@@ -26,17 +28,24 @@ def classifier(
     *begin: keras.layers.Layer, shape: tuple[int, int, int] = (8, 7, 3), classes: int = 5, seed: int = 0
 ) -> keras.Model:
     """Return a small classifier that begins with some layers, see `shaken`."""
-    keras.utils.set_random_seed(seed)
     head = [keras.layers.Flatten(), keras.layers.Dense(classes, activation="softmax")]
     layers = keras.Sequential([keras.Input(shape), *begin, *head])
     return shaken(keras.Model(layers.inputs[0], layers.outputs[0]), seed)
 
 
 def shaken(model: keras.Model, seed: int = 0) -> keras.Model:
-    """Give a network biases that are not 0, have it be sure of some images and not of others, and return it."""
+    """Give a network kernels and biases by a seed, have it be sure of some images and not of others, and return it.
+
+    A layer draws its kernel by a seed that it got when it was made, whatever is seeded afterwards.
+    """
     generator = np.random.default_rng(seed)
-    shake = [generator.uniform(0.05, 0.2, array.shape) if array.ndim == 1 else 0.0 for array in model.get_weights()]
-    model.set_weights([array + by for array, by in zip(model.get_weights(), shake, strict=True)])
+
+    def drawn(array: NDArray[np.float32]) -> NDArray[np.float64]:
+        if array.ndim == 1:
+            return array + generator.uniform(0.05, 0.2, array.shape)
+        return generator.normal(0.0, math.sqrt(2.0 / math.prod(array.shape[:-1])), array.shape)
+
+    model.set_weights([drawn(array) for array in model.get_weights()])
     answers = model.predict_on_batch(generator.normal(size=(64, *model.input_shape[1:])))
     last = [layer for layer in model.layers if isinstance(layer, keras.layers.Dense)][-1]
     last.kernel.assign(last.kernel * 2.5 / np.log(answers + 1e-9).std(axis=0).mean())
