@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from detector.conformal import DETECTORS, Floats, Regions, peel
-from detector.consensus import LEAST_BITS, geometric_mean_bits, is_disputed
+from detector.consensus import is_disputed
 from detector.errors import CalibrationError, InputError
+from detector.scores import score_bits
 from detector.statistics import Proportion, frr_range
 from detector.strip import is_trojaned
 
@@ -37,7 +38,7 @@ class Calibration:
 
     Attributes:
         detector: one of `DETECTORS`.
-        threshold_bits: inputs whose mean entropy is at or under it are rejected; `consensus` takes the geometric mean.
+        threshold_bits: inputs whose score, see `detector.scores`, is at or under it are rejected.
         threshold_nll: inputs whose nll, in nats, is at or over it are rejected as well; None where the repaired network
             is not asked, by the detector `strip` and where the repair changed nothing.
         method: one of `METHODS`.
@@ -72,7 +73,7 @@ class Calibration:
         """Return the verdicts on inputs, (batch,): what `detector.serving` says of the same scores.
 
         Args:
-            entropies_bits: see `scores`, (batch,).
+            entropies_bits: scores, see `detector.scores`, (batch,).
             nlls: (batch,), in nats; not looked at where there is no threshold for them.
         """
         rejected = is_trojaned(entropies_bits, self.threshold_bits)
@@ -140,39 +141,12 @@ class ThresholdRule:
             nlls: of the images, (images,), in nats, for the detector `consensus`. None, where the repair changed
                 nothing, leaves all of the false rejection rate to the entropy: a network always agrees with itself.
         """
-        bits = scores(entropies_bits, self.detector)
+        bits = score_bits(entropies_bits, self.detector)
         if self.threshold_bits is not None:
             return fixed_threshold(bits, self.threshold_bits)
         if self.method == "normal":
             return normal_threshold(bits, self.target_frr)
         return calibrate(bits, self.target_frr, nlls if self.detector == "consensus" else None, detector=self.detector)
-
-
-def scores(entropies_bits: Floats, detector: str) -> Floats:
-    """Return the mean of the entropies that a detector looks at.
-
-    Args:
-        entropies_bits: (images, overlays).
-        detector: one of `DETECTORS`.
-
-    Returns:
-        (images,), in bits, of the same dtype.
-    """
-    mean: Floats = entropies_bits.mean(axis=1) if detector == "strip" else geometric_mean_bits(entropies_bits)
-    return mean
-
-
-def terms(entropies_bits: Floats, detector: str) -> Floats:
-    """Return what each overlay adds to a score: the mean over an image's overlays orders images as `scores` does.
-
-    Args:
-        entropies_bits: (images, overlays).
-        detector: one of `DETECTORS`.
-
-    Returns:
-        (images, overlays), of the same dtype.
-    """
-    return entropies_bits if detector == "strip" else np.log2(np.maximum(entropies_bits, LEAST_BITS))
 
 
 def calibrate(
@@ -187,10 +161,10 @@ def calibrate(
     nll is worth, STRIP keeps its share.
 
     Args:
-        entropies_bits: of clean calibration images, (images,).
+        entropies_bits: scores of clean calibration images, see `detector.scores`, (images,).
         target_frr: false rejection rate to aim at, 0 < target_frr < 1.
         nlls: of the same images, (images,), in nats, for the detector `consensus`.
-        detector: what the entropies are means for, see `scores`.
+        detector: whose scores they are.
 
     Raises:
         InputError: `target_frr` is outside (0, 1).

@@ -1,11 +1,8 @@
-"""What the detector `consensus` looks at: whether the perturbations agree, and whether the two networks do.
+"""What the detector `consensus` looks at beside entropies: whether the two networks agree.
 
-*The perturbations.* Some overlays hide the trigger, and a few high entropies lift the mean of all above the threshold.
-A geometric mean asks whether most of them are low: the trigger need not win every time.
-
-*The networks.* A backdoor opens in the sentinel alone where the repair worked: on a trojaned input the sentinel answers
-the attacker's class, to which the repaired network gives next to no probability. On clean inputs the two agree. Where
-the repair failed they agree on trojaned inputs as well, so this only ever joins the entropy; see `detector.conformal`.
+A backdoor opens in the sentinel alone where the repair worked: on a trojaned input the sentinel answers the attacker's
+class, to which the repaired network gives next to no probability. On clean inputs the two agree. Where the repair
+failed they agree on trojaned inputs as well, so this only ever joins the entropy; see `detector.conformal`.
 """
 
 from __future__ import annotations
@@ -16,25 +13,7 @@ import numpy as np
 
 from detector.strip import Array
 
-LEAST_BITS = float(np.finfo(np.float32).tiny)
-"""Lower entropies count as this, 2^-126: a mean that is not 0, and no lower end at which confident networks' clean
-inputs meet, because a threshold among equals cannot be drawn."""
-
 _LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)
-
-
-def geometric_mean_bits(entropies: Array, *, xp: ModuleType = np) -> Array:
-    """Return the geometric mean over an input's perturbations of their entropies.
-
-    Args:
-        entropies: see `detector.strip.perturbation_entropies_bits`, (batch, perturbations), in bits.
-        xp: the array namespace of `entropies`.
-
-    Returns:
-        (batch,), of the same dtype, in bits, 2^-126..log2(classes); not-a-number where an entropy is.
-    """
-    logs = xp.log(xp.maximum(entropies, xp.full_like(entropies, LEAST_BITS)))
-    return xp.exp(xp.mean(logs, axis=-1))
 
 
 def negative_log_likelihood(repaired: Array, labels: Array, *, xp: ModuleType = np) -> Array:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from detector.conformal import DETECTORS, Regions
-from detector.consensus import geometric_mean_bits, is_disputed, negative_log_likelihood
+from detector.consensus import is_disputed, negative_log_likelihood
 from detector.errors import RepositoryError, SetupError
+from detector.scores import score_bits
 from detector.strip import (
     Array,
     guarded_labels,
@@ -42,7 +43,7 @@ SENTINEL = "badnet"
 IDENTITY_KEY = "stripwire-identity"
 """Parameter of the ensemble that tells which version of which repository it is."""
 
-SENTINEL_OUTPUTS = ("sentinel_entropy", "sentinel_geometric_entropy", "sentinel_label", "sentinel_perturbations")
+SENTINEL_OUTPUTS = ("sentinel_entropies", "sentinel_label", "sentinel_perturbations")
 REGION_FIELDS = ("entropies_bits", "nlls", "p_values")
 
 CONTROL_KEY = "stripwire-control"
@@ -131,7 +132,7 @@ def perturb_stage(args: dict[str, str], pb_utils: Any) -> Stage:
 
 
 def entropy_stage(args: dict[str, str], pb_utils: Any) -> Stage:
-    """Return the stage of `strip_entropy`: `sentinel_probabilities` to both means of the entropies, label and count.
+    """Return the stage of `strip_entropy`: `sentinel_probabilities` to entropies, label and count.
 
     `sentinel_label` is of the image as it came; without it among the perturbations, -1. `sentinel_perturbations` is how
     many others there are.
@@ -154,9 +155,8 @@ def entropy_stage(args: dict[str, str], pb_utils: Any) -> Stage:
         else:
             labels = xp.full(probabilities.shape[0], -1, dtype=xp.int32)
         entropies = perturbation_entropies_bits(probabilities, xp=xp)
-        means = xp.mean(entropies, axis=-1), geometric_mean_bits(entropies, xp=xp)
-        counts = xp.full(entropies.shape[0], entropies.shape[1], dtype=xp.int32)
-        return [column[:, None] for column in (*means, labels, counts)]
+        counts = xp.full_like(labels, entropies.shape[1])
+        return [entropies, labels[:, None], counts[:, None]]
 
     return Stage(pb_utils, ["sentinel_probabilities"], SENTINEL_OUTPUTS, compute, xp)
 
@@ -165,8 +165,8 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     """Return the stage of `strip_verdict`: what the sentinel found and repaired probabilities to all public outputs.
 
     What was found comes from `strip_entropy`, or from `fused`. There, an input that was certain to be accepted may have
-    been spared some perturbations: then its entropy is the mean over those that ran, which is over the threshold, and
-    its p-value is that of this entropy.
+    been spared some perturbations: then its entropy is the mean over those that ran, and its p-value that of the score
+    of those, which is over the threshold.
 
     The stage hands entropy, count and probabilities on under their public names: a tensor of an ensemble that is public
     and read by another step is lost to that step when the caller does not ask for it. Its tensors are tiny, so it runs
@@ -187,10 +187,9 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     if mode not in MODES:
         raise RepositoryError(f"{args['model_name']}: parameter mode is {mode!r}, expected one of {', '.join(MODES)}")
 
-    def compute(
-        entropy: Array, geometric: Array, sentinel_label: Array, perturbations: Array, probabilities: Array
-    ) -> list[Array]:
-        bits, nll = (entropy if detector == "strip" else geometric)[:, 0], None
+    def compute(entropies: Array, sentinel_label: Array, perturbations: Array, probabilities: Array) -> list[Array]:
+        bits, nll = score_bits(entropies, detector, perturbations[:, 0]), None
+        entropy = bits if detector == "strip" else score_bits(entropies, "strip", perturbations[:, 0])
         trojaned = is_trojaned(bits, threshold_bits)
         if threshold_nll is not None:
             nll = negative_log_likelihood(probabilities, sentinel_label[:, 0])
@@ -199,7 +198,7 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
         trojaned = trojaned | ~np.all(np.isfinite(probabilities), axis=-1)
         labels = guarded_labels(probabilities, trojaned, block=mode == "block")
         p_value = regions.p_value(bits, nll)
-        return [labels[:, None], trojaned[:, None], entropy, p_value[:, None], perturbations, probabilities]
+        return [labels[:, None], trojaned[:, None], entropy[:, None], p_value[:, None], perturbations, probabilities]
 
     inputs = [*SENTINEL_OUTPUTS, "repaired_probabilities"]
     outputs = ["label", "trojaned", "entropy", "p_value", "perturbations", "probabilities"]
@@ -249,7 +248,7 @@ def read_thresholds(folder: Path) -> tuple[str, float, float | None]:
     """Return what a version folder of `strip_verdict` decides by: the detector and its thresholds.
 
     Returns:
-        One of `DETECTORS`; the threshold of its mean of the entropies, in bits; that of the nll, in nats, or None where
+        One of `DETECTORS`; the threshold of its score, in bits; that of the nll, in nats, or None where
         the repaired network is not asked.
 
     Raises:

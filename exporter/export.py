@@ -15,7 +15,7 @@ import onnxruntime
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from detector.calibration import Calibration, terms
+from detector.calibration import Calibration
 from detector.errors import DataError, ModelRefusedError
 from detector.statistics import Proportion
 from exporter.classifier import with_probabilities
@@ -270,8 +270,8 @@ def _choose_overlays(
     matrix = entropy_matrix(
         session, split.selection.images, candidates, options.input_weight, on_progress, "Comparing overlays"
     )
-    of_overlays = terms(matrix, options.rule.detector)
-    chosen: NDArray[np.uint8] = candidates[choose_greedily(of_overlays, options.overlays, options.rule.target_frr)]
+    rule = options.rule
+    chosen: NDArray[np.uint8] = candidates[choose_greedily(matrix, options.overlays, rule.target_frr, rule.detector)]
     return chosen
 
 

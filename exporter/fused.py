@@ -10,9 +10,10 @@ with a convolution or a matrix product gets the blends themselves.
 *Entropy from logits.* With z less its maximum and S = sum e^z, H = (ln S - (sum z e^z) / S) / ln 2. Both terms are at
 least 0, so nothing cancels, and no class costs a logarithm.
 
-*Lossless early exit*, for the detector `strip`. Entropies are never negative: once the sum over some of N overlays is
-over N times the threshold, the mean over all of them is over the threshold, whatever is yet to come. So the blends run
-in stages, each on the images that are still undecided.
+*Lossless early exit.* For the detector `strip`: entropies are never negative, so once the sum over some of N overlays
+is over N times the threshold, the mean over all of them is over the threshold, whatever is yet to come. For
+`consensus`: once more than half of the N entropies are over the threshold, so is their lower median. The blends run in
+stages, each on the images that are still undecided.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from detector.calibration import Calibration
 from detector.conformal import Floats
-from detector.consensus import LEAST_BITS
 from detector.errors import ExportError
+from detector.scores import lower_middle
 from exporter.entropies import open_graph
 
 MARGIN_BITS = 1e-4
-"""An input goes early only where its mean entropy is certain to be so much over the threshold: far more than two ways
-of computing it in float32 differ by, so that no rounding turns a verdict."""
+"""By `strip` an input goes early only where its mean entropy is certain to be so much over the threshold: far more than
+two ways of computing it in float32 differ by, so that no rounding turns a verdict. A median is one of the entropies,
+and needs none."""
 
 _MOST_STAGES = 4
 _STAGE_COSTS = 0.1
@@ -71,11 +73,11 @@ class Fused:
     """The fused graph, and what is to be known about it.
 
     Attributes:
-        graph: `image` UINT8 (batch, H, W, C) to `detector.serving.SENTINEL_OUTPUTS`, (batch, 1) each, and
+        graph: `image` UINT8 (batch, H, W, C) to `detector.serving.SENTINEL_OUTPUTS`, (batch, 1) each but for the
+            entropies, (batch, perturbations) in the order of `plan`, 0 where a blend did not run; and
             `repaired_probabilities` FP32 (batch, classes).
         plan: order and stages of the overlays.
-        early_exit: whether an input that is certain to be accepted is spared the rest of its blends, where the detector
-            allows for it.
+        early_exit: whether an input that is certain to be accepted by its entropy is spared the rest of its blends.
         shared: how many operators of the sentinel run once for an image and not once for a blend; 0 where it does not
             begin so that they could.
     """
@@ -115,15 +117,13 @@ def fuse(
         alpha: weight of the input in the blend, 0 < alpha < 1.
         calibration: the detector and its threshold.
         entropies_bits: of the calibration images with each overlay, (images, perturbations); the plan is made by them.
-        early_exit: let inputs that are certain to be accepted go early. The detector `consensus` never does: one
-            entropy that is yet to come can pull a geometric mean down to next to nothing.
+        early_exit: let inputs go early whose score is certain to be over the threshold.
 
     Raises:
         ExportError: a network holds a branch or a loop, or the two expect different pixels.
     """
-    exits = early_exit and calibration.detector == "strip"
-    enough_bits = len(overlays) * (calibration.threshold_bits + MARGIN_BITS) if exits else math.inf
-    plan = plan_stages(entropies_bits, enough_bits)
+    exit_rule = ExitRule.of(calibration, len(overlays)) if early_exit else ExitRule(None, math.inf)
+    plan = plan_stages(exit_rule.counted(entropies_bits), exit_rule.enough)
     factor, offset = _preprocessing(badnet)
     if not all(np.array_equal(*pair) for pair in zip((factor, offset), _preprocessing(repaired), strict=True)):
         raise ExportError("fused layout: the two networks expect different pixels; export the model again")
@@ -148,14 +148,11 @@ def fuse(
         weights,
         images=main.add("Mul", features, weights.add("alpha", np.float32(alpha))),
         overlays=np.split(of_overlays * np.float32(1.0 - alpha), plan.ends[:-1]),
-        enough_bits=enough_bits,
+        exit_rule=exit_rule,
     )
-    sums, counts = stages.first(main)
+    entropies, counts = stages.first(main)
+    main.add("Identity", entropies, output="sentinel_entropies")
     main.add("Unsqueeze", counts, weights.add("axis_1", np.array([1])), output="sentinel_perturbations")
-    means = main.add("Div", sums, main.add("Cast", "sentinel_perturbations", to=TensorProto.FLOAT))
-    main.add("Gather", means, weights.add("column_0", np.array([0])), axis=1, output="sentinel_entropy")
-    log = main.add("Gather", means, weights.add("column_1", np.array([1])), axis=1)
-    main.add("Exp", log, output="sentinel_geometric_entropy")
     if calibration.asks_repaired:
         seen = main.copy(rest, {cut: features}, "plain")[_ROWS]
         main.add("Cast", main.add("ArgMax", seen, axis=-1), to=TensorProto.INT32, output="sentinel_label")
@@ -172,8 +169,7 @@ def fuse(
         "fused",
         [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", *overlays.shape[1:]])],
         [
-            column("sentinel_entropy", TensorProto.FLOAT),
-            column("sentinel_geometric_entropy", TensorProto.FLOAT),
+            helper.make_tensor_value_info("sentinel_entropies", TensorProto.FLOAT, ["batch", len(overlays)]),
             column("sentinel_label", TensorProto.INT32),
             column("sentinel_perturbations", TensorProto.INT32),
             repaired.graph.output[0],
@@ -194,15 +190,15 @@ def check_fused(fused: Fused, images: NDArray[np.uint8], entropies_bits: Floats)
         entropies_bits: of these images with each overlay, (images, perturbations), see `exporter.entropies`.
 
     Raises:
-        ExportError: a mean entropy differs by more than 1e-4 bits.
+        ExportError: an entropy differs by more than 1e-4 bits.
     """
     session = open_graph(fused.graph.SerializeToString())
-    outputs = ["sentinel_entropy", "sentinel_perturbations"]
+    outputs = ["sentinel_entropies", "sentinel_perturbations"]
     for start in range(0, len(images), _CHECKED_AT_ONCE):
         rows = slice(start, start + _CHECKED_AT_ONCE)
-        found, counts = (column[:, 0] for column in session.run(outputs, {"image": images[rows]}))
-        sums = np.cumsum(entropies_bits[rows][:, list(fused.plan.order)], axis=1, dtype=np.float64)
-        difference = float(np.max(np.abs(found - sums[np.arange(len(counts)), counts - 1] / counts)))
+        found, counts = session.run(outputs, {"image": images[rows]})
+        ran = np.arange(found.shape[1]) < counts
+        difference = float(np.max(np.abs(found - entropies_bits[rows][:, list(fused.plan.order)])[ran]))
         if not difference <= _TOLERANCE_BITS:
             raise ExportError(
                 f"fused layout: its entropies differ from the sentinel's by {difference:.2g} bits, expected at most "
@@ -210,30 +206,58 @@ def check_fused(fused: Fused, images: NDArray[np.uint8], entropies_bits: Floats)
             )
 
 
-def plan_stages(entropies_bits: Floats, enough_bits: float) -> Plan:
+@dataclass(frozen=True)
+class ExitRule:
+    """When an image needs no further blend: once its entropies, or as many of them as are over a bar, sum to enough.
+
+    Attributes:
+        bar_bits: entropies over it count 1, others 0; without one, each counts its bits.
+        enough: no further blend is needed once the sum is over this; infinite where all are needed always.
+    """
+
+    bar_bits: float | None
+    enough: float
+
+    @classmethod
+    def of(cls, calibration: Calibration, count: int) -> ExitRule:
+        """Return the rule under which an image's score is certain to be over the threshold of a calibration.
+
+        Args:
+            calibration: the detector and its threshold.
+            count: how many blends there are.
+        """
+        if calibration.detector == "strip":
+            return cls(None, count * (calibration.threshold_bits + MARGIN_BITS))
+        return cls(calibration.threshold_bits, count - lower_middle(count) - 0.5)
+
+    def counted(self, entropies_bits: Floats) -> Floats:
+        """Return what each entropy counts, (images, perturbations)."""
+        return entropies_bits if self.bar_bits is None else (entropies_bits > self.bar_bits).astype(np.float64)
+
+
+def plan_stages(counted: Floats, enough: float) -> Plan:
     """Choose order and stages so that clean images are through with as few blends as can be.
 
-    Overlays are chosen one by one, each time the one that brings the images nearest to `enough_bits`; of all stages up
-    to four, those that cost these images least.
+    Overlays are chosen one by one, each time the one that brings the images nearest to `enough`; of all stages up to
+    four, those that cost these images least.
 
     Args:
-        entropies_bits: of clean images with each overlay, (images, perturbations).
-        enough_bits: no further blend is needed once the entropies of an image sum to more; infinite where all are
-            needed always.
+        counted: what the entropies of clean images with each overlay count, (images, perturbations); see `ExitRule`.
+        enough: likewise.
     """
-    count = entropies_bits.shape[1]
-    if not math.isfinite(enough_bits):
+    count = counted.shape[1]
+    if not math.isfinite(enough):
         return Plan(tuple(range(count)), (count,), float(count))
-    entropies = entropies_bits[:_PLANNING_IMAGES].astype(np.float64)
+    entropies = counted[:_PLANNING_IMAGES].astype(np.float64)
     total = np.zeros((len(entropies), 1))
     order: list[int] = []
     left = list(range(count))
     undecided = np.ones(count + 1)  # share of the images that are, after so many blends
     for done in range(1, count + 1):
-        nearness = np.minimum(total + entropies[:, left], enough_bits).sum(axis=0)
+        nearness = np.minimum(total + entropies[:, left], enough).sum(axis=0)
         order.append(left.pop(int(np.argmax(nearness))))
         total += entropies[:, order[-1:]]
-        undecided[done] = np.mean(total <= enough_bits)
+        undecided[done] = np.mean(total <= enough)
     ends, expected = _cheapest_stages(undecided)
     return Plan(tuple(order), ends, expected)
 
@@ -429,7 +453,7 @@ class _Stages:
         weights: takes what is constant.
         images: the images' share of a blend after that beginning, (batch, ...).
         overlays: the overlays' share of it in each stage, (blends, ...).
-        enough_bits: the sum of entropies over which an image is through.
+        exit_rule: when an image is through.
     """
 
     def __init__(
@@ -441,7 +465,7 @@ class _Stages:
         *,
         images: str,
         overlays: Sequence[NDArray[np.float32]],
-        enough_bits: float,
+        exit_rule: ExitRule,
     ) -> None:
         self._network = network
         self._rest = rest
@@ -449,7 +473,7 @@ class _Stages:
         self._weights = weights
         self._images = images
         self._overlays = overlays
-        self._enough_bits = enough_bits
+        self._rule = exit_rule
         needed = {network.logits or _ROWS}
         kept = []
         for node in reversed(rest):
@@ -459,43 +483,57 @@ class _Stages:
         self._to_logits = kept[::-1]
 
     def first(self, part: _Part) -> tuple[str, str]:
-        """Add all stages to the graph; return the sums of `_measure`, (batch, 2), and how many blends ran, (batch,)."""
-        sums = self._measure(part, self._images, 0)
-        total = part.add("Gather", sums, self._number("zero", 0), axis=1)
-        blends = numpy_helper.from_array(np.array([len(self._overlays[0])], np.int32))
-        counts = part.add("ConstantOfShape", part.add("Shape", total), value=blends)
-        return self._further(part, sums, total, counts, 1)
+        """Add all stages to the graph.
 
-    def _further(self, part: _Part, sums: str, total: str, counts: str, stage: int) -> tuple[str, str]:
-        """Add the stages from `stage` on, for images of which `total`, (batch,), is not enough."""
+        Returns:
+            The entropies, (batch, blends), 0 where one did not run, and how many blends ran, (batch,).
+        """
+        entropies = self._measure(part, self._images, 0)
+        rows = part.add("Gather", part.add("Shape", entropies), self._numbers("rows_of_shape", 0))
+        ran = numpy_helper.from_array(np.array([len(self._overlays[0])], np.int32))
+        return self._further(part, entropies, part.add("ConstantOfShape", rows, value=ran), 1)
+
+    def _further(self, part: _Part, entropies: str, counts: str, stage: int) -> tuple[str, str]:
+        """Add the stages from `stage` on, given the entropies of those before."""
         if stage == len(self._overlays):
-            return sums, counts
+            return entropies, counts
         # What is not a number is not enough either: it goes through every stage, to be rejected.
-        enough = self._weights.add("enough_bits", np.float32(self._enough_bits))
+        total = part.add("ReduceSum", self._counted(part, entropies), self._numbers("last_axis", -1), keepdims=0)
+        enough = self._weights.add("enough", np.float32(self._rule.enough))
         undecided = part.add("Not", part.add("Greater", total, enough))
         rows = part.add("Transpose", part.add("NonZero", undecided), perm=[1, 0])  # (images, 1)
-        there_are = part.add("Greater", part.add("Size", rows), self._number("zero", 0))
+        there_are = part.add("Greater", part.add("Size", rows), self._weights.add("zero", np.array(0, np.int64)))
 
-        then = _Part(f"stage_{stage + 1}")
+        then, blends = _Part(f"stage_{stage + 1}"), len(self._overlays[stage])
         found = self._measure(then, then.add("GatherND", self._images, rows), stage)
-        summed = then.add("Add", then.add("GatherND", sums, rows), found)
-        summed = then.add("ScatterND", sums, rows, summed)
-        blends = self._weights.add(f"blends_{stage + 1}", np.array(len(self._overlays[stage]), np.int32))
-        ran = then.add("Mul", then.add("Cast", undecided, to=TensorProto.INT32), blends)
-        counted = then.add("Add", counts, ran)
-        total = then.add("Gather", summed, self._number("zero", 0), axis=1)
-        further = _branch(then, *self._further(then, summed, total, counted, stage + 1))
-        done = _branch(_Part(f"after_{stage}"), sums, counts)
+        images = then.add("Shape", undecided)
+        shape = then.add("Concat", images, self._numbers(f"blends_{stage + 1}", blends), axis=0)
+        nothing = then.add("ConstantOfShape", shape, value=numpy_helper.from_array(np.zeros(1, np.float32)))
+        joined = then.add("Concat", entropies, then.add("ScatterND", nothing, rows, found), axis=1)
+        many = self._weights.add(f"blends_{stage + 1}_int32", np.array(blends, np.int32))
+        ran = then.add("Mul", then.add("Cast", undecided, to=TensorProto.INT32), many)
+        further = _branch(then, *self._further(then, joined, then.add("Add", counts, ran), stage + 1))
+        after = _Part(f"after_{stage}")
+        missing = sum(map(len, self._overlays[stage:]))
+        padded = after.add("Pad", entropies, self._numbers(f"pads_{missing}", 0, 0, 0, missing))
+        done = _branch(after, padded, counts)
 
-        outputs = [f"stripwire/{part.name}/{name}" for name in ("sums", "counts")]
+        outputs = [f"stripwire/{part.name}/{name}" for name in ("entropies", "counts")]
         choice = helper.make_node("If", [there_are], outputs, f"stripwire/{part.name}/If")
         choice.attribute.append(helper.make_attribute("then_branch", further))
         choice.attribute.append(helper.make_attribute("else_branch", done))
         part.nodes.append(choice)
         return outputs[0], outputs[1]
 
+    def _counted(self, part: _Part, entropies: str) -> str:
+        """Return what `ExitRule.counted` does."""
+        if self._rule.bar_bits is None:
+            return entropies
+        bar = self._weights.add("bar_bits", np.float32(self._rule.bar_bits))
+        return part.add("Cast", part.add("Greater", entropies, bar), to=TensorProto.FLOAT)
+
     def _measure(self, part: _Part, images: str, stage: int) -> str:
-        """Blend images with the overlays of a stage and return (images, 2): the sums over them of H and of ln H."""
+        """Blend images with the overlays of a stage and return the entropies, (images, overlays), in bits."""
         shares = self._overlays[stage]
         overlays = self._weights.add(f"overlays_{stage + 1}", shares)
         blends = part.add("Add", part.add("Unsqueeze", images, self._numbers("axis_1", 1)), overlays)
@@ -506,12 +544,7 @@ class _Stages:
         else:
             nats = self._from_logits(part, names[self._network.logits])
         bits = part.add("Mul", nats, self._weights.add("bits_per_nat", np.float32(1.0 / math.log(2.0))))
-        bits = part.add("Reshape", bits, self._numbers(f"blends_{stage + 1}_a_row", -1, len(shares)))
-        least = self._weights.add("least_bits", np.float32(LEAST_BITS))
-        # Not by Max, which may turn what is not a number into one.
-        logs = part.add("Log", part.add("Where", part.add("Less", bits, least), least, bits))
-        last = self._numbers("last_axis", -1)
-        return part.add("Concat", part.add("ReduceSum", bits, last), part.add("ReduceSum", logs, last), axis=1)
+        return part.add("Reshape", bits, self._numbers(f"blends_{stage + 1}_a_row", -1, len(shares)))
 
     def _from_logits(self, part: _Part, logits: str) -> str:
         """Return the entropies of rows of logits, (rows,), in nats."""
@@ -530,22 +563,19 @@ class _Stages:
         terms = part.add("Mul", probabilities, logs)
         return part.add("Neg", part.add("ReduceSum", terms, self._numbers("last_axis", -1), keepdims=0))
 
-    def _number(self, name: str, value: int) -> str:
-        return self._weights.add(name, np.array(value, np.int64))
-
     def _numbers(self, name: str, *values: int) -> str:
         return self._weights.add(name, np.array(values, np.int64))
 
 
-def _branch(part: _Part, sums: str, counts: str) -> onnx.GraphProto:
+def _branch(part: _Part, entropies: str, counts: str) -> onnx.GraphProto:
     """Return a part as a branch of `If` that yields these tensors, made in it or before."""
-    outputs = [part.add("Identity", sums), part.add("Identity", counts)]
+    outputs = [part.add("Identity", entropies), part.add("Identity", counts)]
     return helper.make_graph(
         part.nodes,
         part.name,
         [],
         [
-            helper.make_tensor_value_info(outputs[0], TensorProto.FLOAT, ["batch", 2]),
+            helper.make_tensor_value_info(outputs[0], TensorProto.FLOAT, ["batch", "blends"]),
             helper.make_tensor_value_info(outputs[1], TensorProto.INT32, ["batch"]),
         ],
     )

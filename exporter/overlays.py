@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from detector.calibration import quantile_rank
 from detector.errors import InputError
+from detector.scores import lower_middle
 from detector.strip import check_alpha
 
 OVERLAY_CHOICES = ("random", "greedy")
@@ -76,16 +77,18 @@ def low_entropies(entropies: NDArray[np.floating[Any]], target_frr: float) -> ND
     return lowest
 
 
-def choose_greedily(entropies: NDArray[np.floating[Any]], count: int, target_frr: float) -> NDArray[np.int64]:
+def choose_greedily(
+    entropies: NDArray[np.floating[Any]], count: int, target_frr: float, detector: str = "strip"
+) -> NDArray[np.int64]:
     """Choose overlays one by one, each time the one with which the threshold for `target_frr` comes out highest.
 
     The higher the lowest clean entropies, the higher the threshold may be, and the fewer trojaned inputs pass over it.
 
     Args:
-        entropies: of each clean image under each candidate overlay, (images, candidates), in bits; for another mean
-            than the arithmetic one, see `detector.calibration.terms`.
+        entropies: of each clean image under each candidate overlay, (images, candidates), in bits.
         count: how many overlays to choose, 1 to candidates.
         target_frr: the false rejection rate that the threshold will aim at, 0 < target_frr < 1.
+        detector: whose score, see `detector.scores`, the threshold is for.
 
     Returns:
         Which candidates, (count,), int64, in the order of choice; of equally good ones the first.
@@ -99,12 +102,25 @@ def choose_greedily(entropies: NDArray[np.floating[Any]], count: int, target_frr
             f"overlays: got {count} to choose from {candidates} candidates on {images} images, expected 1 to "
             f"{candidates} and at least one image"
         )
-    total = np.zeros((images, 1))
+    with_one_more = _mean_with_one_more if detector == "strip" else _median_with_one_more
     left = list(range(candidates))
-    chosen = []
+    chosen: list[int] = []
     for _ in range(count):
-        # The mean over the overlays is the sum over their number, which is the same for every candidate.
-        best = left.pop(int(np.argmax(low_entropies(total + entropies[:, left], target_frr))))
-        total += entropies[:, [best]]
-        chosen.append(best)
+        of_each = with_one_more(entropies[:, chosen].astype(np.float64), entropies[:, left])
+        chosen.append(left.pop(int(np.argmax(low_entropies(of_each, target_frr)))))
     return np.array(chosen, dtype=np.int64)
+
+
+def _mean_with_one_more(chosen: NDArray[np.float64], candidates: NDArray[Any]) -> NDArray[np.floating[Any]]:
+    """Return the mean of the entropies chosen, (images, chosen), and of each candidate by itself with them."""
+    mean: NDArray[np.float64] = (chosen.sum(axis=1, keepdims=True) + candidates) / (chosen.shape[1] + 1)
+    return mean
+
+
+def _median_with_one_more(chosen: NDArray[np.float64], candidates: NDArray[Any]) -> NDArray[np.floating[Any]]:
+    """Return likewise the lower median: the candidate, but no further out than its neighbours in the middle."""
+    ends = np.full((len(chosen), 1), np.inf)
+    ascending = np.concatenate([-ends, np.sort(chosen, axis=1), ends], axis=1)
+    below = lower_middle(chosen.shape[1] + 1)
+    between: NDArray[np.float64] = np.clip(candidates, ascending[:, [below]], ascending[:, [below + 1]])
+    return between

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from detector.calibration import ALPHAS, Calibration, ThresholdRule, terms
+from detector.calibration import ALPHAS, Calibration, ThresholdRule
 from detector.errors import CalibrationError, InputError
 from detector.serving import read_overlays, read_plain_first, read_thresholds
 from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, open_graph
@@ -143,7 +143,7 @@ def recalibrate(
             matrix = entropy_matrix(
                 session, images[parts.selection], candidates, alpha, on_progress, "Comparing overlays"
             )
-            overlays = candidates[choose_greedily(terms(matrix, detector), count, options.rule.target_frr)]
+            overlays = candidates[choose_greedily(matrix, count, options.rule.target_frr, detector)]
         else:
             overlays = candidates
     entropies = entropy_matrix(session, images[parts.calibration], overlays, alpha, on_progress, "Calibrating STRIP")

@@ -300,8 +300,7 @@ def model_configs(
     # The number of perturbations is a version's own: -1 keeps it out of the configs, which all versions share.
     perturbations = ("perturbations", TYPE_FP32, [-1, *image_shape])
     sentinel_probabilities = ("sentinel_probabilities", TYPE_FP32, [-1, classes])
-    sentinel_entropy = ("sentinel_entropy", TYPE_FP32, [1])
-    geometric = ("sentinel_geometric_entropy", TYPE_FP32, [1])
+    sentinel_entropies = ("sentinel_entropies", TYPE_FP32, [-1])
     sentinel_label = ("sentinel_label", TYPE_INT32, [1])
     sentinel_perturbations = ("sentinel_perturbations", TYPE_INT32, [1])
     repaired_probabilities = ("repaired_probabilities", TYPE_FP32, [classes])
@@ -314,7 +313,7 @@ def model_configs(
     count = ("perturbations", TYPE_INT32, [1])
 
     public = [label, trojaned, entropy, p_value, count, probabilities]
-    opinion = [sentinel_entropy, geometric, sentinel_label, sentinel_perturbations]
+    opinion = [sentinel_entropies, sentinel_label, sentinel_perturbations]
 
     guarded = _config("guarded", [image], public, platform="ensemble")
     guarded.parameters[IDENTITY_KEY].CopyFrom(ModelParameter(string_value=identity))

@@ -104,9 +104,9 @@ def test_with_consensus_the_repaired_network_has_a_say(repository: Path, badnet:
         verdicts = answers(server, badnet)
     entropies, nlls = referred(tmp_path / "repository", badnet, "2", verdicts)
     np.testing.assert_allclose(verdicts.entropy_bits, entropies.mean(axis=1), atol=1e-4)
-    means = np.array([reference.geometric_mean(row) for row in entropies])
-    by_entropy, by_nll = means <= result.calibration.threshold_bits, nlls >= threshold_nll
-    certain = (np.abs(means - result.calibration.threshold_bits) > 1e-4) & (np.abs(nlls - threshold_nll) > 1e-3)
+    medians = np.array([reference.lower_median(row) for row in entropies])
+    by_entropy, by_nll = medians <= result.calibration.threshold_bits, nlls >= threshold_nll
+    certain = (np.abs(medians - result.calibration.threshold_bits) > 1e-4) & (np.abs(nlls - threshold_nll) > 1e-3)
     assert certain.mean() > 0.95
     assert (by_nll & ~by_entropy).any()
     np.testing.assert_array_equal(verdicts.trojaned[certain], (by_entropy | by_nll)[certain])

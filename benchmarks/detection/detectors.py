@@ -19,9 +19,9 @@ from benchmarks.detection.art_strip import art_entropies
 from benchmarks.detection.cases import OVERLAYS, SEED, TARGETS, Material, Report, some
 from benchmarks.detection.scale_up import FACTORS, THRESHOLD, consistency, scaled_labels, standardized
 from detector.calibration import ALPHAS, STRIP_SHARE, least_images
-from detector.calibration import scores as mean_scores
 from detector.conformal import Floats, Regions, peel
 from detector.consensus import is_disputed
+from detector.scores import score_bits
 from detector.statistics import Proportion, auroc
 from detector.strip import is_trojaned
 from exporter.convert import sentinel_graph, to_onnx
@@ -206,18 +206,18 @@ def _errors(clean: NDArray[np.bool_], trojaned: NDArray[np.bool_]) -> dict[str, 
 
 
 def _strip(alpha: float) -> Callable[[Measured], tuple[Scores, None]]:
-    def scores(measured: Measured) -> tuple[Scores, None]:
-        return {name: mean_scores(rows, "strip") for name, rows in measured.entropies(alpha).items()}, None
+    def measure(measured: Measured) -> tuple[Scores, None]:
+        return {name: score_bits(rows, "strip") for name, rows in measured.entropies(alpha).items()}, None
 
-    return scores
+    return measure
 
 
 def _consensus(repaired: Path | None) -> Detector:
     """Return `consensus` with a repaired network, or where there is none."""
 
-    def scores(measured: Measured) -> tuple[Scores, Scores | None]:
+    def measure(measured: Measured) -> tuple[Scores, Scores | None]:
         entropies = measured.entropies(ALPHAS["consensus"])
-        bits = {name: mean_scores(rows, "consensus") for name, rows in entropies.items()}
+        bits = {name: score_bits(rows, "consensus") for name, rows in entropies.items()}
         return bits, None if repaired is None else measured.nlls(repaired)
 
-    return Detector(COUNT if repaired is None else COUNT + 1, scores)
+    return Detector(COUNT if repaired is None else COUNT + 1, measure)

@@ -9,7 +9,8 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.calibration import Calibration, scores
+from detector.calibration import Calibration
+from detector.scores import score_bits
 from exporter.preprocessing import Preprocessing
 from exporter.pruning import Pruning
 from exporter.repair import ATTACK_SUCCESS_GOAL, Repair
@@ -61,7 +62,7 @@ def collect(
         entropies: NDArray[np.float32],
         nlls: NDArray[np.float32] | None,
     ) -> Examples:
-        verdicts = calibration.rejects(scores(entropies, calibration.detector), nlls)
+        verdicts = calibration.rejects(score_bits(entropies, calibration.detector), nlls)
         return _examples(networks, samples, truth, entropies.mean(axis=1), verdicts, preprocessing)
 
     clean_examples = examples(held_out, held_out.labels, held_out_entropies, held_out_nlls)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.calibration import Calibration, scores
+from detector.calibration import Calibration
+from detector.scores import score_bits
 from detector.statistics import Proportion
 from exporter.repair import Step
 
@@ -200,7 +201,7 @@ def mean_bits(per_overlay: NDArray[np.floating[Any]], detector: str) -> NDArray[
     Returns:
         (images,), in bits; what is not finite becomes minus infinity.
     """
-    means = scores(per_overlay.astype(np.float64), detector)
+    means = score_bits(per_overlay.astype(np.float64), detector)
     return np.where(np.isfinite(means), means, -np.inf)
 
 

@@ -15,7 +15,7 @@ is {rate, low, high, successes, count}: the rate, its exact 95 % interval, and w
   it; the proportions `frr` (held-out clean images rejected) and `far` (trojaned images accepted) were measured, of the
   verdicts; AUROC is that of the p-values, or where the repaired network is not asked, of the entropies.
 - `by_entropy`: {frr, far, auroc}: likewise, of the threshold on the entropy alone. An image's entropy is the mean over
-  the overlays here and below, and the geometric mean for the detector `consensus`.
+  the overlays here and below, and the lower median for the detector `consensus`.
 - `opinions`: {held_out, trojaned}, each [[entropy in bits, nll in nats]]; null where the repaired network is not asked.
 - `histogram`: {edges_bits, calibration, held_out, trojaned}: images in each bin; one edge more than bins.
 - `roc`: {by_entropy, guard}, each {frr, detection_rate}: the corners of the curve, by entropy and by p-value; detection
@@ -39,13 +39,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.consensus import LEAST_BITS
 from detector.statistics import auroc
 from detector.strip import is_trojaned
 from exporter.report.data import Examples, ReportData, mean_bits, share
 from exporter.report.notices import notices
 
 FORMAT = 1
+_LEAST_BITS = float(np.finfo(np.float32).tiny)  # where a logarithmic axis begins at the lowest
 _BINS = 50
 _THRESHOLDS = 80
 _OVERLAY_COUNTS = 50
@@ -181,11 +181,11 @@ def _lowest(entropies: NDArray[np.float64]) -> float:
 
 
 def _spread(detector: str, lowest: float, highest: float, count: int) -> NDArray[np.float64]:
-    """Return so many entropies up to the highest: geometric means spread over orders of magnitude, from the lowest."""
+    """Return so many entropies up to the highest: medians spread over orders of magnitude, from the lowest."""
     if detector == "strip":
         return np.linspace(0.0, highest, count)
-    highest = max(highest, 2 * LEAST_BITS)
-    spread: NDArray[np.float64] = np.geomspace(min(max(lowest, LEAST_BITS), highest / 2), highest, count)
+    highest = max(highest, 2 * _LEAST_BITS)
+    spread: NDArray[np.float64] = np.geomspace(min(max(lowest, _LEAST_BITS), highest / 2), highest, count)
     return spread
 
 

@@ -291,10 +291,10 @@ def _overlays(numbers: dict[str, Any]) -> Drawn:
 
 
 def _entropy_axis(axes: Axes, numbers: dict[str, Any], what: str = "entropy") -> None:
-    """Label the axis of entropies or thresholds: logarithmic for geometric means."""
-    geometric = numbers["guard"]["detector"] == "consensus"
-    axes.set_xlabel(f"{what} ({'geometric mean, ' if geometric else ''}bits)")
-    if geometric:
+    """Label the axis of entropies or thresholds: logarithmic for medians."""
+    median = numbers["guard"]["detector"] == "consensus"
+    axes.set_xlabel(f"{what} ({'median, ' if median else ''}bits)")
+    if median:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +24,9 @@ def entropy_bits(perturbation_probabilities: NDArray[Any]) -> float:
     return total / len(perturbation_probabilities)
 
 
-def geometric_mean(entropies: NDArray[Any]) -> float:
-    """Return the geometric mean of one input's entropies, (perturbations,), none counted as less than 2^-126."""
-    logs = [math.log2(max(float(entropy), 2.0**-126)) for entropy in entropies]
-    return float(2.0 ** (sum(logs) / len(logs)))
+def lower_median(entropies: NDArray[Any]) -> float:
+    """Return the lower median of one input's entropies, (perturbations,)."""
+    return float(statistics.median_low(entropies.tolist()))
 
 
 def deepid(weights: Sequence[NDArray[Any]], pixels: NDArray[np.float64]) -> NDArray[np.float64]:

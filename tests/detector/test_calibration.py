@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from detector.calibration import ThresholdRule, calibrate, fixed_threshold, normal_threshold, scores, terms
+from detector.calibration import ThresholdRule, calibrate, fixed_threshold, normal_threshold
 from detector.errors import CalibrationError, InputError, StripwireError
 
 
@@ -130,14 +130,6 @@ def test_a_rule_chooses_by_its_method(rule: ThresholdRule, threshold: float, met
 def test_a_rule_that_makes_no_sense_is_refused(values: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         ThresholdRule(*values)
-
-
-@pytest.mark.parametrize("detector", ["strip", "consensus"])
-def test_terms_order_images_as_scores_do(detector: str) -> None:
-    entropies = np.random.default_rng(0).gamma(0.1, 1.0, (200, 7))
-    np.testing.assert_array_equal(
-        np.argsort(terms(entropies, detector).mean(axis=1)), np.argsort(scores(entropies, detector))
-    )
 
 
 def test_consensus_needs_an_image_for_each_of_its_thresholds() -> None:

@@ -2,28 +2,9 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import numpy as np
 
-from detector.consensus import LEAST_BITS, geometric_mean_bits, is_disputed, negative_log_likelihood
-
-
-def test_the_geometric_mean_forgives_a_few_overlays_that_hide_the_trigger() -> None:
-    got = geometric_mean_bits(np.array([[0.001, 0.001, 1.0], [0.0, 0.5, 2.0]], np.float32))
-    np.testing.assert_allclose(got, [0.01, LEAST_BITS ** (1 / 3)], rtol=1e-5)
-    assert got.dtype == np.float32
-    assert np.isnan(geometric_mean_bits(np.array([[np.nan, 1.0]]))).all()
-
-
-def test_entropies_that_are_next_to_nothing_are_still_told_apart() -> None:
-    got = geometric_mean_bits(np.array([[1e-20, 1e-20], [1e-30, 1e-30], [0.0, 0.0]], np.float32))
-    np.testing.assert_allclose(got, [1e-20, 1e-30, LEAST_BITS], rtol=2e-5)
-
-
-def test_the_geometric_mean_runs_on_any_namespace(xp: ModuleType) -> None:
-    got = geometric_mean_bits(xp.asarray([[0.25, 1.0]], dtype=xp.float32), xp=xp)
-    np.testing.assert_allclose(np.asarray(got), [0.5], rtol=1e-6)
+from detector.consensus import is_disputed, negative_log_likelihood
 
 
 def test_the_nll_is_minus_the_logarithm_of_the_probability_of_the_label() -> None:

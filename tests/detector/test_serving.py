@@ -37,10 +37,9 @@ def opinions(entropies: list[list[float]]) -> dict[str, Any]:
     """Return the sentinel's tensors as `strip_entropy` sends them when `strip` decides alone."""
     bits = np.array(entropies, np.float32)
     return {
-        "sentinel_entropy": bits,
-        "sentinel_geometric_entropy": bits / 2,
-        "sentinel_label": np.full(bits.shape, -1, np.int32),
-        "sentinel_perturbations": np.full(bits.shape, 3, np.int32),
+        "sentinel_entropies": bits,
+        "sentinel_label": np.full((len(bits), 1), -1, np.int32),
+        "sentinel_perturbations": np.full((len(bits), 1), bits.shape[1], np.int32),
     }
 
 
@@ -84,8 +83,7 @@ def test_the_entropy_stage_keeps_the_batch_dimension(model_folder: Path) -> None
     probabilities = np.full((2, 3, 4), 0.25, np.float32)
     probabilities[1, 0] = [0.5, 0.5, 0.0, 0.0]
     (answer,) = stage.execute([request(SENTINEL_OUTPUTS, sentinel_probabilities=probabilities)])
-    np.testing.assert_allclose(answer.arrays()["sentinel_entropy"], [[2.0], [5 / 3]])
-    np.testing.assert_allclose(answer.arrays()["sentinel_geometric_entropy"], [[2.0], [4 ** (1 / 3)]], rtol=1e-6)
+    np.testing.assert_allclose(answer.arrays()["sentinel_entropies"], [[2.0, 2.0, 2.0], [1.0, 2.0, 2.0]])
     assert answer.arrays()["sentinel_label"].tolist() == [[-1], [-1]]
     assert answer.arrays()["sentinel_perturbations"].tolist() == [[3], [3]]
     assert answer.arrays()["sentinel_perturbations"].dtype == np.int32
@@ -109,7 +107,7 @@ def test_the_first_row_gives_the_label_and_the_others_the_entropy(model_folder: 
     (answer,) = entropy_stage(arguments(model_folder), PbUtils()).execute(
         [request(SENTINEL_OUTPUTS, sentinel_probabilities=rows)]
     )
-    np.testing.assert_allclose(answer.arrays()["sentinel_entropy"], [[0.5], [1.0]])
+    np.testing.assert_allclose(answer.arrays()["sentinel_entropies"], [[1.0, 0.0], [1.0, 1.0]])
     assert answer.arrays()["sentinel_label"].tolist() == [[1], [0]]
     assert answer.arrays()["sentinel_perturbations"].tolist() == [[2], [2]]
 
@@ -121,8 +119,7 @@ def test_consensus_rejects_what_the_repaired_network_does_not_believe(model_fold
         [
             request(
                 PUBLIC,
-                sentinel_entropy=np.array([[9.0], [9.0], [9.0]], np.float32),
-                sentinel_geometric_entropy=np.array([[9.0], [9.0], [0.4]], np.float32),
+                sentinel_entropies=np.array([[9.0, 0.4, 9.0], [9.0, 9.0, 9.0], [0.4, 26.2, 0.4]], np.float32),
                 sentinel_label=np.array([[0], [1], [0]], np.int32),  # nll 0.05, 3.0, 0.05
                 sentinel_perturbations=np.array([[3], [3], [3]], np.int32),
                 repaired_probabilities=probabilities,
@@ -134,6 +131,19 @@ def test_consensus_rejects_what_the_repaired_network_does_not_believe(model_fold
     assert answer.arrays()["p_value"].dtype == np.float32
     assert p_values[0] == 1.0
     assert (p_values[1:] <= 0.5).all()
+    # What is reported is the mean entropy, whatever the verdict rests on.
+    np.testing.assert_allclose(answer.arrays()["entropy"], [[18.4 / 3], [9.0], [9.0]], rtol=1e-6)
+
+
+def test_blends_that_did_not_run_have_no_say(model_folder: Path) -> None:
+    stage = verdict_stage(arguments(model_folder), PbUtils())
+    found = opinions([[0.6, 0.0, 0.0], [0.6, 0.0, 0.0], [0.3, 0.6, 0.9]])
+    found["sentinel_perturbations"] = np.array([[1], [3], [2]], np.int32)
+    probabilities = np.full((3, 2), 0.5, np.float32)
+    (answer,) = stage.execute([request(PUBLIC, **found, repaired_probabilities=probabilities)])
+    np.testing.assert_allclose(answer.arrays()["entropy"], [[0.6], [0.2], [0.45]], rtol=1e-6)
+    assert answer.arrays()["trojaned"].tolist() == [[False], [True], [True]]
+    assert answer.arrays()["perturbations"].tolist() == [[1], [3], [2]]
 
 
 @pytest.mark.parametrize(("mode", "label"), [("block", 3), ("shadow", 1)])
@@ -144,7 +154,7 @@ def test_the_mode_decides_what_a_trojaned_input_gets(model_folder: Path, mode: s
     assert answer.arrays()["label"].tolist() == [[label], [1]]
     assert answer.arrays()["label"].dtype == np.int32
     assert answer.arrays()["trojaned"].tolist() == [[True], [False]]
-    assert answer.arrays()["perturbations"].tolist() == [[3], [3]]
+    assert answer.arrays()["perturbations"].tolist() == [[1], [1]]
 
 
 def test_an_input_whose_repaired_probabilities_are_broken_is_rejected(model_folder: Path) -> None:

@@ -20,14 +20,16 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from detector.calibration import Calibration, fixed_threshold
-from detector.consensus import geometric_mean_bits, negative_log_likelihood
+from detector.conformal import DETECTORS
+from detector.consensus import negative_log_likelihood
 from detector.errors import ExportError
+from detector.scores import score_bits
 from detector.serving import SENTINEL_OUTPUTS
 from detector.strip import perturb, perturbation_entropies_bits, weighted_overlays
 from exporter.architectures import deepid, resnet
 from exporter.convert import IR_VERSION, OPSET, repaired_graph, sentinel_graph, to_onnx
 from exporter.entropies import entropy_matrix, open_graph
-from exporter.fused import Fused, Plan, check_fused, fuse, plan_stages
+from exporter.fused import ExitRule, Fused, Plan, check_fused, fuse, plan_stages
 from exporter.preprocessing import Preprocessing
 from tests.detector import reference
 from tests.networks import classifier, images_of, shaken
@@ -114,12 +116,18 @@ def calibration_of(threshold_bits: float, threshold_nll: float | None = None) ->
 
 
 def run(fused: Fused, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-    """Return what the graph answers, columns as (batch,)."""
+    """Return what the graph answers, columns as (batch,), and by detector the scores of its entropies."""
     outputs = [*SENTINEL_OUTPUTS, "repaired_probabilities"]
-    answers = open_graph(fused.graph.SerializeToString()).run(outputs, {"image": images})
-    for answer in answers[:-1]:
-        assert answer.shape == (len(images), 1)
-    return dict(zip(outputs, [answer[:, 0] for answer in answers[:-1]] + answers[-1:], strict=True))
+    answers = dict(
+        zip(outputs, open_graph(fused.graph.SerializeToString()).run(outputs, {"image": images}), strict=True)
+    )
+    for name in SENTINEL_OUTPUTS[1:]:
+        assert answers[name].shape == (len(images), 1)
+        answers[name] = answers[name][:, 0]
+    assert answers["sentinel_entropies"].shape == (len(images), fused.plan.ends[-1])
+    ran = answers["sentinel_perturbations"]
+    scores = {name: score_bits(answers["sentinel_entropies"], name, ran) for name in DETECTORS}
+    return answers | scores
 
 
 def sure(probabilities: NDArray[Any]) -> NDArray[np.bool_]:
@@ -153,30 +161,27 @@ def test_every_way_of_computing_it_gives_the_same_verdicts(
     blends = np.array([[reference.blend(image, overlay, alpha) for overlay in overlays] for image in images])
     exact_rows = networks.models[0](blends.reshape(-1, *networks.shape)).reshape(batch, count, -1)
     exact_bits = np.array([reference.entropy_bits(row) for row in exact_rows])
-    exact_means = np.array(
-        [reference.geometric_mean(np.array([reference.entropy_bits(row[None]) for row in one])) for one in exact_rows]
-    )
+    exact_blends = np.array([[reference.entropy_bits(row[None]) for row in rows] for rows in exact_rows])
+    exact_medians = np.array([reference.lower_median(row) for row in exact_blends])
     exact_plain, exact_believed = (network(images) for network in networks.models)
     exact_nlls = np.array(
         [-math.log(row[label]) for row, label in zip(exact_believed, exact_plain.argmax(1), strict=True)]
     )
 
     strip = calibration_of(float(np.quantile(exact_bits, rank)))
-    consensus = calibration_of(float(np.quantile(exact_means, rank)), float(np.quantile(exact_nlls, 1.0 - rank)))
+    consensus = calibration_of(float(np.quantile(exact_medians, rank)), float(np.quantile(exact_nlls, 1.0 - rank)))
     for calibration in (strip, consensus):
-        by_strip = calibration.detector == "strip"
-        scores, exact = (entropies.mean(1), exact_bits) if by_strip else (geometric_mean_bits(entropies), exact_means)
-        # Under 10^-6 bits float32 knows an entropy to some percent only, and with it a geometric mean.
-        doubt = 1e-4 if by_strip else np.maximum(1e-4, 0.05 * calibration.threshold_bits)
-        certain = np.abs(exact - calibration.threshold_bits) >= doubt
+        detector, by_strip = calibration.detector, calibration.detector == "strip"
+        scores, exact = score_bits(entropies, detector), exact_bits if by_strip else exact_medians
+        certain = np.abs(exact - calibration.threshold_bits) >= 1e-4
         if calibration.threshold_nll is not None:
             certain &= (np.abs(exact_nlls - calibration.threshold_nll) >= 1e-4) & sure(exact_plain)
         expected = calibration.rejects(exact, exact_nlls)
         np.testing.assert_array_equal(calibration.rejects(scores, nlls)[certain], expected[certain])
-        for early_exit in (True, False) if by_strip else (True,):
+        for early_exit in (True, False):
             fused = fuse(*networks.graphs, overlays, alpha, calibration, entropies, early_exit=early_exit)
             answers = run(fused, images)
-            found = answers["sentinel_entropy" if by_strip else "sentinel_geometric_entropy"]
+            found = answers[detector]
             seen, labels = answers["sentinel_label"], answers["repaired_probabilities"].argmax(axis=1)
             found_nlls = None if by_strip else negative_log_likelihood(answers["repaired_probabilities"], seen)
             np.testing.assert_array_equal(calibration.rejects(found, found_nlls)[certain], expected[certain])
@@ -189,14 +194,14 @@ def test_every_way_of_computing_it_gives_the_same_verdicts(
             counts = answers["sentinel_perturbations"]
             assert set(counts) <= set(fused.plan.ends)
             whole = counts == count
-            assert whole.all() or (early_exit and by_strip)
-            np.testing.assert_allclose(answers["sentinel_entropy"][whole], entropies.mean(1)[whole], atol=1e-5)
-            np.testing.assert_allclose(answers["sentinel_entropy"][whole], exact_bits[whole], atol=1e-5)
-            np.testing.assert_allclose(
-                answers["sentinel_geometric_entropy"][whole], exact_means[whole], rtol=0.05, atol=1e-5
-            )
-            assert (answers["sentinel_entropy"][~whole] > calibration.threshold_bits).all()
-            assert (exact_bits[~whole] > calibration.threshold_bits).all()
+            assert whole.all() or early_exit
+            ran = np.arange(count) < counts[:, None]
+            in_order = answers["sentinel_entropies"]
+            np.testing.assert_allclose(in_order[ran], entropies[:, fused.plan.order][ran], atol=1e-5)
+            np.testing.assert_allclose(in_order[ran], exact_blends[:, fused.plan.order][ran], atol=1e-5)
+            assert (in_order[~ran] == 0).all()
+            assert (found[~whole] > calibration.threshold_bits).all()
+            assert (exact[~whole] > calibration.threshold_bits - 1e-4).all()
 
 
 def fused_of(name: str, threshold_bits: float = 0.0, **options: Any) -> tuple[Fused, NDArray[np.uint8], NDArray[Any]]:
@@ -256,7 +261,9 @@ def test_the_graph_is_readable_by_the_servers_of_the_last_years(early_exit: bool
         output.name: [dimension.dim_param or dimension.dim_value for dimension in output.type.tensor_type.shape.dim]
         for output in inferred.graph.output
     }
-    assert shapes == {**{key: ["batch", 1] for key in SENTINEL_OUTPUTS}, "repaired_probabilities": ["batch", CLASSES]}
+    columns = {key: ["batch", 1] for key in SENTINEL_OUTPUTS}
+    wide = {"sentinel_entropies": ["batch", 8], "repaired_probabilities": ["batch", CLASSES]}
+    assert shapes == columns | wide
     names = [tensor for node in nodes_of(graph.graph) for tensor in node.output]
     assert len(names) == len(set(names))  # no branch hides what another part made
 
@@ -270,7 +277,7 @@ def test_most_clean_images_are_spared_blends_and_the_plan_knows_how_many() -> No
     assert len(set(counts)) > 1
     so_far = np.cumsum(entropies[:, fused.plan.order], axis=1)
     means = so_far[np.arange(40), counts - 1] / counts
-    np.testing.assert_allclose(answers["sentinel_entropy"], means, atol=1e-5)
+    np.testing.assert_allclose(answers["strip"], means, atol=1e-5)
     full, _, _ = fused_of("convolution", early_exit=False)
     assert set(run(full, images)["sentinel_perturbations"]) == {8}
     assert full.plan == Plan(tuple(range(8)), (8,), 8.0)
@@ -294,17 +301,19 @@ def with_last_bias(graph: onnx.ModelProto, change: Callable[[NDArray[Any]], NDAr
     return changed
 
 
+@pytest.mark.parametrize("threshold_nll", [None, 2.0])
 @pytest.mark.parametrize("name", ["convolution", "no softmax at the end"])
-def test_what_is_not_a_number_goes_through_every_stage_and_stays_what_it_is(name: str) -> None:
+def test_what_is_not_a_number_goes_through_every_stage_and_stays_what_it_is(
+    name: str, threshold_nll: float | None
+) -> None:
     networks = pair(name)
     broken = with_last_bias(networks.graphs[0], lambda weights: weights + np.float32(np.nan))
     overlays = images_of(networks.shape, 4, 1)
     plannable = np.linspace(0.5, 1.5, 40).reshape(10, 4)
-    fused = fuse(broken, networks.graphs[1], overlays, 0.5, calibration_of(0.3), plannable)
+    fused = fuse(broken, networks.graphs[1], overlays, 0.5, calibration_of(0.3, threshold_nll), plannable)
     assert len(fused.plan.ends) > 1
     answers = run(fused, images_of(networks.shape, 3, 2))
-    assert np.isnan(answers["sentinel_entropy"]).all()
-    assert np.isnan(answers["sentinel_geometric_entropy"]).all()
+    assert np.isnan(answers["sentinel_entropies"]).all()
     assert answers["sentinel_perturbations"].tolist() == [4, 4, 4]
 
 
@@ -316,8 +325,7 @@ def test_a_network_that_is_very_sure_has_an_entropy_of_exactly_none() -> None:
         sure_of_it, networks.graphs[1], images_of(networks.shape, 4, 1), 0.5, calibration_of(0.3), np.ones((3, 4))
     )
     answers = run(fused, images_of(networks.shape, 3, 2))
-    assert answers["sentinel_entropy"].tolist() == [0.0, 0.0, 0.0]
-    np.testing.assert_allclose(answers["sentinel_geometric_entropy"], 2.0**-126, rtol=2e-5)
+    assert answers["sentinel_entropies"].tolist() == [[0.0] * 4] * 3
 
 
 def test_overlays_come_in_the_order_that_lets_most_images_go_and_stages_end_where_they_do() -> None:
@@ -331,6 +339,15 @@ def test_overlays_come_in_the_order_that_lets_most_images_go_and_stages_end_wher
     assert plan_stages(entropies, 100.0).ends == (4,)
     assert plan_stages(entropies, 100.0).expected == 4.0
     assert plan_stages(np.ones((3, 1)), 0.5) == Plan((0,), (1,), 1.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9, 10])
+def test_by_consensus_an_image_is_through_once_more_than_half_of_its_blends_are_over_the_threshold(count: int) -> None:
+    rule = ExitRule.of(calibration_of(0.3, 2.0), count)
+    for over in range(count + 1):
+        entropies = np.array([[0.4] * over + [0.3] * (count - over)], np.float32)
+        (score,) = score_bits(entropies, "consensus")
+        assert (rule.counted(entropies).sum() > rule.enough) == (score > np.float32(0.3)) == (over > count / 2)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.floats(0.0, 1.0))
