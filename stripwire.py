@@ -296,7 +296,13 @@ def export(
         float | None, typer.Option(help="At its highest; default 0.001 with adam, 0.01 with sgd.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images in a step of fine-tuning.")] = 64,
-    overlays: Annotated[int, typer.Option(help="Perturbations that STRIP makes of an input.")] = 10,
+    overlays: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Perturbations that STRIP makes of an input; auto, with greedy, as many as clean images say.",
+        ),
+    ] = "10",
     overlay_choice: Annotated[OverlayChoice, typer.Option(help="Chance, or the best of a pool.")] = "random",
     alpha: Annotated[
         float | None,
@@ -348,7 +354,7 @@ def export(
             stop_on_attack=stop_on_attack,
             seed=seed,
         ),
-        overlays=overlays,
+        overlays=overlay_count(overlays),
         overlay_choice=overlay_choice,
         alpha=alpha,
         rule=ThresholdRule(
@@ -474,7 +480,12 @@ def calibrate(
         ),
     ] = None,
     overlays: Annotated[
-        int | None, typer.Option(help="Overlays to take from the new images.", show_default="as many as there are")
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help="Overlays to take from the new images; auto, with greedy, as many as clean images say.",
+            show_default="as many as there are",
+        ),
     ] = None,
     alpha: Annotated[
         float | None, typer.Option(help="Weight of the input in the blend.", show_default="as it is")
@@ -504,7 +515,7 @@ def calibrate(
     options = RecalibrationOptions(
         rule=rule,
         detector=detector,
-        overlays=overlays,
+        overlays=None if overlays is None else overlay_count(overlays),
         alpha=alpha,
         overlay_choice=overlay_choice,
         resize=resize,
@@ -926,6 +937,16 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",")) if text else ()
     except ValueError:
         raise InputError(f"{name}: got {text!r}, expected numbers with commas between, such as 0.5,0.5,0.5") from None
+
+
+def overlay_count(text: str) -> int | Literal["auto"]:
+    """Return a number of overlays, or `auto`."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"overlays: got {text!r}, expected a whole number or auto") from None
 
 
 def aim(target_frr: float | None, threshold_bits: float | None, overlay_choice: str) -> float:

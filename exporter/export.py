@@ -203,7 +203,7 @@ def export(
     provenance = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "inputs": {name: reader.describe(path) for name, path in inputs.items() if path is not None},
-        "options": asdict(options) | {"alpha": options.input_weight},
+        "options": asdict(options) | {"overlays": len(overlays), "alpha": options.input_weight},
         "network_outputs": network_outputs,
         "split": split.to_json() | ({} if deciding is None else {"deciding_attack": part_to_json(deciding)}),
         "scores": {"before": before.to_json(), "after": after.to_json(), "guard": guard},

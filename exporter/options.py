@@ -10,7 +10,7 @@ from typing import Any
 from detector.calibration import ALPHAS, ThresholdRule
 from detector.errors import InputError
 from detector.serving import BEHIND
-from exporter.overlays import check_overlay_options
+from exporter.overlays import Count, check_overlay_options
 from exporter.preprocessing import Preprocessing
 from exporter.splits import PARTS, check_parts
 from samples.attacks import Plan, find_attack
@@ -128,7 +128,8 @@ class ExportOptions:
         architecture: of a file that holds weights only, such as `deepid`.
         resize: change the images' height and width to the network's instead of refusing them.
         repair: how to repair.
-        overlays: how many perturbations STRIP makes of an input.
+        overlays: how many perturbations STRIP makes of an input; `auto` looks at clean entropies, see
+            `exporter.overlays.enough_overlays`, and goes with the overlay choice `greedy`.
         overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
         alpha: weight of the input in the blend; the overlay gets 1 - alpha. None for the detector's, see `ALPHAS`.
         rule: how to choose the threshold.
@@ -141,7 +142,7 @@ class ExportOptions:
     architecture: str | None = None
     resize: bool = False
     repair: RepairOptions = field(default_factory=RepairOptions)
-    overlays: int = 10
+    overlays: Count = 10
     overlay_choice: str = "random"
     alpha: float | None = None
     rule: ThresholdRule = field(default_factory=ThresholdRule)

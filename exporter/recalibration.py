@@ -19,7 +19,7 @@ from detector.serving import read_overlays, read_plain_first, read_thresholds
 from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, open_graph
 from exporter.fused import check_fused, fuse
 from exporter.inputs import InputReader
-from exporter.overlays import check_overlay_options, choose_greedily, part_sizes
+from exporter.overlays import Count, check_overlay_options, choose_greedily, part_sizes
 from exporter.publishing import check_writable, locked
 from exporter.repository import Recalibrated, write_recalibration
 from exporter.splits import units
@@ -36,7 +36,7 @@ class RecalibrationOptions:
     Attributes:
         rule: how to choose the thresholds; `detector` stands over its detector.
         detector: one of `detector.conformal.DETECTORS`; None for what it is.
-        overlays: how many overlays to take from the new images; None for as many as there are.
+        overlays: how many overlays to take from the new images; None for as many as there are, `auto` as in `export`.
         alpha: weight of the input in the blend; None for what it is, or where the detector changes with the overlays,
             for the detector's, see `detector.calibration.ALPHAS`.
         overlay_choice: `random`, or `greedy` for those of a random pool with which clean entropies are highest.
@@ -47,7 +47,7 @@ class RecalibrationOptions:
 
     rule: ThresholdRule = field(default_factory=ThresholdRule)
     detector: str | None = None
-    overlays: int | None = None
+    overlays: Count | None = None
     alpha: float | None = None
     overlay_choice: str = "random"
     resize: bool = False
@@ -193,7 +193,7 @@ def distinct(samples: Samples, besides: NDArray[np.uint8] | None = None) -> NDAr
     return np.array([unit[0] for unit in units(samples, [] if besides is None else [besides])], dtype=np.int64)
 
 
-def split(usable: NDArray[np.int64], overlays: int, options: RecalibrationOptions) -> Parts:
+def split(usable: NDArray[np.int64], overlays: Count, options: RecalibrationOptions) -> Parts:
     """Split images at random into overlays (or a pool for them), images to select on, and images to calibrate on.
 
     Args:

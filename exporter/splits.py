@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import optimize, sparse
 
 from detector.errors import CalibrationError, DataError, InputError
-from exporter.overlays import PartSize, part_sizes
+from exporter.overlays import Count, PartSize, part_sizes
 from samples.types import Samples
 
 Indices = NDArray[np.int64]
@@ -72,7 +72,7 @@ def part_to_json(part: Samples) -> dict[str, Any]:
 def split_clean(
     clean: Samples | None,
     *,
-    overlay_count: int,
+    overlay_count: Count,
     least_calibration: int,
     with_repair: bool,
     seed: int,
@@ -186,7 +186,7 @@ def _distinct(samples: Samples) -> Indices:
     return np.fromiter(first.values(), np.int64)
 
 
-def _check_given(parts: dict[str, Samples], overlay_count: int, least: dict[str, int]) -> None:
+def _check_given(parts: dict[str, Samples], overlay_count: Count, least: dict[str, int]) -> None:
     """Refuse given parts that share images, or are too small."""
     digests = {name: set(_digests(part.images)) for name, part in parts.items()}
     common = {(one, two): len(digests[one] & digests[two]) for one, two in combinations(digests, 2)}
@@ -201,9 +201,10 @@ def _check_given(parts: dict[str, Samples], overlay_count: int, least: dict[str,
                 f"give as many, or ask for {len(part)} overlays"
             )
         if name == "overlays" and len(part) < least[name]:
+            chosen = "" if overlay_count == "auto" else f"{overlay_count} "
             raise DataError(
-                f"overlays: got {len(part)} distinct images, expected at least {least[name]} to choose {overlay_count} "
-                "from; give more, or ask for fewer overlays"
+                f"overlays: got {len(part)} distinct images, expected at least {least[name]} to choose {chosen}from; "
+                "give more, or ask for fewer overlays"
             )
         if len(part) < least[name]:
             raise CalibrationError(

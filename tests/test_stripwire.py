@@ -203,6 +203,11 @@ finally:
     ("arguments", "message"),
     [
         ("export net.keras --clean data.h5 --output out --overlays 0", "overlays: got 0"),
+        (
+            "export net.keras --clean data.h5 --output out --overlays many",
+            "overlays: got 'many', expected a whole",
+        ),
+        ("export net.keras --clean data.h5 --output out --overlays auto", "expected greedy, which looks at images"),
         ("export net.keras --clean data.h5 --output out --alpha 2", "alpha: got 2.0"),
         ("export net.keras --clean data.h5 --output out --mean x", "mean: got 'x'"),
         ("export net.keras --clean data.h5 --output out --target-frr 1", "target FRR: got 1.0"),
@@ -219,6 +224,7 @@ finally:
         ("train-badnet .", "exists and is not empty"),
         ("train-badnet-on out --train data.h5 --test data.h5 --epochs 0", "epochs: got 0, expected at least 1"),
         ("calibrate out --clean data.h5 --overlays 0", "overlays: got 0"),
+        ("calibrate out --clean data.h5 --overlays auto", "expected greedy, which looks at images"),
         ("demo --identities 20000", "Invalid value for '--identities'"),
     ],
 )

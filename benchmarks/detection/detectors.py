@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 
 from benchmarks.detection.art_strip import art_entropies
@@ -23,7 +24,7 @@ from detector.conformal import Floats, Regions, peel
 from detector.consensus import is_disputed
 from detector.scores import score_bits
 from detector.statistics import Proportion, auroc
-from detector.strip import is_trojaned
+from detector.strip import is_trojaned, perturbation_entropies_bits
 from exporter.convert import sentinel_graph, to_onnx
 from exporter.entropies import entropy_matrix, measure_nlls, open_graph
 
@@ -83,6 +84,10 @@ class Measured:
             for name, images in self.images.items()
         }
 
+    def confidence(self) -> Scores:
+        """Return the entropies of the images as they are, in bits."""
+        return {name: plain_entropies(self.session, images) for name, images in self.images.items()}
+
     def _labels(self) -> dict[str, NDArray[np.int64]]:
         """Return the network's labels for each image as it is, and multiplied."""
         return {name: scaled_labels(self.session, images, self.report) for name, images in self.images.items()}
@@ -133,6 +138,7 @@ def compared(repaired: dict[str, Path | None], classes_known: bool) -> dict[str,
         "consensus": _consensus(None),
     }
     found |= {f"consensus + {repair}": _consensus(file) for repair, file in repaired.items()}
+    found["confidence"] = Detector(1, lambda measured: (measured.confidence(), None))
     found["ART's STRIP"] = Detector(COUNT, lambda measured: (measured.art(), None))
     found["SCALE-UP"] = Detector(1 + len(FACTORS), lambda measured: (measured.scale_up(), None), -THRESHOLD)
     if classes_known:
@@ -171,7 +177,7 @@ def judge_scores(
     for attack in (name for name in scores if name not in (CALIBRATION, CLEAN)):
         result: dict[str, Any] = {"auroc": auroc(suspicion[CLEAN], suspicion[attack])}
         if at is not None:
-            result["fixed"] = _errors(*(is_trojaned(scores[name], at) for name in (CLEAN, attack)))
+            result["fixed"] = errors_of(*(is_trojaned(scores[name], at) for name in (CLEAN, attack)))
         for target in TARGETS if calibrated else ():
             result[f"at_{target:g}"] = None
             if len(scores[CALIBRATION]) >= least_images(target, "strip" if nlls is None else "consensus"):
@@ -179,7 +185,7 @@ def judge_scores(
                     rejects(regions, target, scores[name], None if nlls is None else nlls[name])
                     for name in (CLEAN, attack)
                 )
-                result[f"at_{target:g}"] = _errors(*verdicts)
+                result[f"at_{target:g}"] = errors_of(*verdicts)
         results[attack] = result
     return results
 
@@ -199,7 +205,8 @@ def rejects(regions: Regions, target: float, scores: Floats, nlls: Floats | None
     return np.asarray(rejected)
 
 
-def _errors(clean: NDArray[np.bool_], trojaned: NDArray[np.bool_]) -> dict[str, Any]:
+def errors_of(clean: NDArray[np.bool_], trojaned: NDArray[np.bool_]) -> dict[str, Any]:
+    """Return FAR and FRR, given which clean and which trojaned images are rejected."""
     accepted = Proportion(int(np.count_nonzero(~trojaned)), len(trojaned))
     rejected = Proportion(int(np.count_nonzero(clean)), len(clean))
     return {"far": accepted.to_json(), "frr": rejected.to_json()}
@@ -221,3 +228,15 @@ def _consensus(repaired: Path | None) -> Detector:
         return bits, None if repaired is None else measured.nlls(repaired)
 
     return Detector(COUNT if repaired is None else COUNT + 1, measure)
+
+
+def plain_entropies(session: onnxruntime.InferenceSession, images: NDArray[np.uint8]) -> Floats:
+    """Return the entropies of the network's answers to images as they are, (images,), in bits.
+
+    Args:
+        session: on the sentinel's graph.
+        images: (images, height, width, channels), uint8.
+    """
+    parts = np.array_split(images, max(1, len(images) // 32))
+    answers = [session.run(None, {"perturbations": part[:, None].astype(np.float32)})[0] for part in parts]
+    return np.concatenate([perturbation_entropies_bits(answer)[:, 0] for answer in answers])

@@ -12,20 +12,14 @@ from typing import Any
 
 import keras
 import numpy as np
-from numpy.typing import NDArray
 
-from benchmarks.detection.cases import JOINED, OVERLAYS, SEED, TARGETS, Material, Report, some
+from benchmarks.detection.cases import JOINED, OVERLAYS, SEED, TARGETS, Material, Report
 from benchmarks.detection.detectors import Measured, compared, judge
-from detector.calibration import calibrate, least_images
-from detector.statistics import Proportion, auroc
-from exporter.convert import repaired_graph, sentinel_graph, to_onnx
-from exporter.entropies import entropy_matrix, open_graph
+from benchmarks.detection.sweeps import ALPHAS, blend_sweep, strip_sweep
+from exporter.convert import repaired_graph, to_onnx
 from exporter.repair import RepairOptions, repair_network
 from exporter.training import score
 from samples.types import Samples
-
-ALPHAS = (0.5, 0.7)
-SWEPT_TARGETS = TARGETS[1:]
 
 
 def measure(material: Material, file: Path, *, images: int, only: tuple[str, ...] = (), report: Report) -> None:
@@ -47,7 +41,10 @@ def measure(material: Material, file: Path, *, images: int, only: tuple[str, ...
         results["received"] = _rates(material.model, material)
         _save(file, results)
     if material.sweep and "strip" not in results:
-        results["strip"] = _strip(material, images, report)
+        results["strip"] = strip_sweep(material, images, report)
+        _save(file, results)
+    if material.sweep and "blends" not in results:
+        results["blends"] = blend_sweep(material, report)
         _save(file, results)
     for method in only or material.repairs:
         _measure_repair(material, method, results, report)
@@ -114,38 +111,6 @@ def _rates(model: keras.Model, material: Material) -> dict[str, Any]:
             recovered = score(model, Samples(part.images, part.true_labels), material.preprocessing).to_json()
         rates[trigger] = {"attack_success": success, "recovered_accuracy": recovered}
     return rates
-
-
-def _strip(material: Material, images: int, report: Report) -> list[dict[str, Any]]:
-    """Return AUROC, FAR and FRR for each weight of the input, number of overlays, target and trigger."""
-    session = open_graph(sentinel_graph(to_onnx(material.model), material.preprocessing).SerializeToString())
-    overlays = material.split.overlays.images
-    rows = []
-    for alpha in ALPHAS:
-
-        def entropies(samples: Samples, alpha: float = alpha) -> NDArray[np.float32]:
-            return entropy_matrix(session, samples.images, overlays, alpha, report)
-
-        calibration, clean = entropies(material.split.calibration), entropies(some(material.clean, images))
-        for trigger, part in material.trojaned.items():
-            trojaned = entropies(some(part, images))
-            for count in (count for count in OVERLAYS if count <= len(overlays)):
-                means = [matrix[:, :count].mean(axis=1) for matrix in (calibration, clean, trojaned)]
-                area = auroc(-means[1], -means[2])
-                row = {"alpha": alpha, "overlays": count, "trigger": trigger, "auroc": area}
-                rows.append(row | {f"at_{target:g}": _errors(means, target) for target in SWEPT_TARGETS})
-    return rows
-
-
-def _errors(entropies: list[NDArray[np.float32]], target: float) -> dict[str, Any] | None:
-    """Return FAR and FRR of the threshold for a target FRR; None where the calibration images are too few for it."""
-    calibration, clean, trojaned = entropies
-    if len(calibration) < least_images(target):
-        return None
-    threshold = calibrate(calibration, target).threshold_bits
-    accepted = Proportion(int(np.count_nonzero(trojaned > threshold)), len(trojaned))
-    rejected = Proportion(int(np.count_nonzero(clean <= threshold)), len(clean))
-    return {"far": accepted.to_json(), "frr": rejected.to_json(), "threshold_bits": threshold}
 
 
 def _fingerprint(model: keras.Model) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.detection.cases import CASES, TARGETS
-from benchmarks.detection.measure import SWEPT_TARGETS
+from benchmarks.detection.sweeps import SWEPT_TARGETS, WEIGHTS
+from detector.conformal import DETECTORS
 from detector.statistics import Proportion
 
 CSV_NAME = "detection.csv"
@@ -93,6 +94,8 @@ def tables(results: Results) -> str:
             _matrix("AUROC", calibrated, lambda row: f"{row.figures['auroc']:.3f}"),
             *(_target_table(calibrated, target) for target in TARGETS),
             _fixed_table(found),
+            *(_weights_table(results, detector) for detector in DETECTORS),
+            _choice_table(results),
             *swept,
         ]
     )
@@ -158,6 +161,46 @@ def _strip_table(case: str, result: dict[str, Any]) -> str:
         start = f"| {row['alpha']:g} | {row['overlays']} | {row['trigger']} | {row['auroc']:.3f} | "
         lines.append(start + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _weights_table(results: Results, detector: str) -> str:
+    """Return the FAR at each weight of the input, and which weight has the highest threshold."""
+    lines = [
+        f"`{detector}`: FAR in % at a target FRR of {100 * HEADLINE:g} % by weight of the input",
+        "",
+        f"| case | attack | {' | '.join(f'{weight:g}' for weight in WEIGHTS)} | highest threshold at |",
+        "|---" * (3 + len(WEIGHTS)) + "|",
+    ]
+    for (case, trigger), found in _blends(results, detector, "random").items():
+        errors = [row[f"at_{HEADLINE:g}"] for row in found]
+        highest = max(zip(errors, WEIGHTS, strict=True), key=lambda pair: float(pair[0]["threshold_bits"]))[1]
+        rates = " | ".join(f"{100 * each['far']['rate']:.1f}" for each in errors)
+        lines.append(f"| {case} | {trigger} | {rates} | {highest:g} |")
+    return "\n".join(lines)
+
+
+def _choice_table(results: Results) -> str:
+    """Return the FAR with overlays that chance chose, and with those that clean images chose."""
+    lines = [f"FAR at a target FRR of {100 * HEADLINE:g} % [the FRR then] by choice of the ten overlays", ""]
+    lines += ["| case | attack | detector | random | greedy |", "|---|---|---|---|---|"]
+    for detector in DETECTORS:
+        by_chance = _blends(results, detector, "random")
+        for (case, trigger), (greedy,) in _blends(results, detector, "greedy").items():
+            random = next(row for row in by_chance[case, trigger] if row["alpha"] == greedy["alpha"])
+            errors = [row[f"at_{HEADLINE:g}"] for row in (random, greedy)]
+            cells = [f"{_figure(each['far'])} [{100 * each['frr']['rate']:.1f}]" for each in errors]
+            lines.append(f"| {case} | {trigger} | {detector} {greedy['alpha']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _blends(results: Results, detector: str, choice: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Return the rows of a detector and a choice of overlays, by case and attack."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for case, result in results.items():
+        for row in result.get("blends", []):
+            if (row["detector"], row["choice"]) == (detector, choice):
+                found.setdefault((case, row["trigger"]), []).append(row)
+    return found
 
 
 def _plain(rate: Proportion | None) -> list[str]:

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.detection import sweeps
 from benchmarks.detection.__main__ import app
 from benchmarks.detection.cases import CASES, PLANS, Case, Material, faces
 from benchmarks.detection.measure import measure
 from benchmarks.detection.plots import draw
 from benchmarks.detection.tables import read_results, rows, tables, write_csv
+from detector.conformal import DETECTORS as DETECTORS_OF_STRIPWIRE
 
 DETECTORS = {
     "strip (report)": 10,
@@ -24,6 +26,7 @@ DETECTORS = {
     "strip 0.7": 10,
     "consensus": 10,
     "consensus + bounds": 11,
+    "confidence": 1,
     "ART's STRIP": 10,
     "SCALE-UP": 6,
     "SCALE-UP + clean data": 6,
@@ -131,13 +134,28 @@ def test_tables_csv_and_picture_show_every_row(measured: Path, tmp_path: Path) -
     assert f"| {NAME} | patch | too few images |" in text
     with write_csv(tmp_path, results).open(encoding="utf-8") as stream:
         lines = list(csv.DictReader(stream))
-    # Three targets for each of seven detectors, and two thresholds that come with one.
-    assert len(lines) == 3 * 7 + 2
+    # Three targets for each of eight detectors, and two thresholds that come with one.
+    assert len(lines) == 3 * 8 + 2
     assert all(line["far"] == "" for line in lines if line["target_frr"] == "0.001")
     for line in lines:
         if line["far"]:
             assert float(line["far_low"]) <= float(line["far"]) <= float(line["far_high"])
     assert draw(tmp_path, rows(results)).stat().st_size > 10_000
+
+
+def test_other_blends_are_measured_with_both_detectors(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "SWEPT_IMAGES", 110)
+    monkeypatch.setattr(sweeps, "_POOL", 12)
+    monkeypatch.setattr(sweeps, "_SELECTION", 30)
+    blends = sweeps.blend_sweep(material, quietly)
+    kinds = {(row["detector"], row["choice"], row["alpha"]) for row in blends}
+    expected = {(detector, "random", weight) for detector in DETECTORS_OF_STRIPWIRE for weight in sweeps.WEIGHTS}
+    assert kinds == expected | {("strip", "greedy", 0.5), ("consensus", "greedy", 0.7)}
+    for row in blends:
+        assert row["at_0.01"]["far"]["count"] == 110
+        assert row["at_0.01"]["threshold_bits"] <= row["at_0.05"]["threshold_bits"]
+    text = tables({NAME: {"received": {}, "blends": blends}})
+    assert text.count(f"| {NAME} | patch | ") == 4
 
 
 def test_every_attack_has_its_cases() -> None:

@@ -213,6 +213,15 @@ def test_greedy_overlays_are_the_best_of_a_pool_on_images_that_nothing_else_uses
     np.testing.assert_array_equal(read_overlays(tmp_path / "out" / "strip_perturb" / "1")[0], best)
 
 
+def test_clean_images_say_how_many_overlays_are_enough(badnet: Path, tmp_path: Path) -> None:
+    options = ExportOptions(repair=NO_REPAIR, overlays="auto", overlay_choice="greedy")
+    result = export(badnet / "bd_net.keras", Data(badnet / "clean_validation_data.h5"), tmp_path / "out", options)
+    overlays, _ = read_overlays(tmp_path / "out" / "strip_perturb" / "1")
+    assert 1 < len(overlays) <= 50
+    assert result.provenance["options"]["overlays"] == len(overlays)
+    assert result.split_sizes["overlays"] == 64
+
+
 def test_a_hundred_greedy_overlays_are_chosen_from_four_hundred(badnet: Path, tmp_path: Path) -> None:
     def run(overlays: int) -> Export:
         options = ExportOptions(repair=NO_REPAIR, overlays=overlays, overlay_choice="greedy")

@@ -11,7 +11,14 @@ from detector.calibration import calibrate
 from detector.conformal import DETECTORS
 from detector.errors import InputError
 from detector.scores import score_bits
-from exporter.overlays import PartSize, choose_greedily, low_entropies, part_sizes
+from exporter.overlays import (
+    PartSize,
+    check_overlay_options,
+    choose_greedily,
+    enough_overlays,
+    low_entropies,
+    part_sizes,
+)
 
 
 def threshold(
@@ -86,3 +93,35 @@ def test_greedy_chooses_from_four_candidates_for_each_overlay_at_least(count: in
 def test_a_part_grows_with_what_nothing_else_needs() -> None:
     assert [PartSize(40, 64).of_spare(spare) for spare in (0, 80, 192, 10_000)] == [40, 50, 64, 64]
     assert PartSize(10, 10).of_spare(10_000) == 10
+
+
+def measured(between: float, within: float, seed: int = 0) -> np.ndarray:  # type: ignore[type-arg]
+    """Return entropies of images that differ by so much, and differ so much from overlay to overlay."""
+    generator = np.random.default_rng(seed)
+    of_images, of_overlays = generator.normal(5.0, between, (400, 1)), generator.normal(0.0, 2.0, (1, 64))
+    return np.asarray(of_images + of_overlays + generator.normal(0.0, within, (400, 64)))
+
+
+@pytest.mark.parametrize(("between", "within"), [(1.0, 1.0), (1.0, 2.0), (0.5, 2.0)])
+def test_enough_overlays_are_those_after_which_the_spread_hardly_falls(between: float, within: float) -> None:
+    spread = [(between**2 + within**2 / count) ** 0.5 for count in range(1, 60)]
+    expected = next(count for count in range(1, 60) if spread[count] >= 0.99 * spread[count - 1])
+    assert enough_overlays(measured(between, within)) == pytest.approx(expected, abs=1)
+
+
+def test_one_overlay_is_enough_where_all_say_the_same_and_fifty_where_chance_alone_speaks() -> None:
+    assert enough_overlays(np.linspace(1.0, 2.0, 40)[:, None] + np.zeros((1, 64))) == 1
+    assert enough_overlays(measured(0.0, 1.0)) in (49, 50)
+
+
+def test_with_auto_as_many_are_chosen_as_are_enough() -> None:
+    entropies = measured(1.0, 2.0)
+    chosen = choose_greedily(entropies, "auto", 0.1)
+    assert chosen.tolist() == choose_greedily(entropies, enough_overlays(entropies), 0.1).tolist()
+    assert part_sizes("auto", "greedy", 19) == {"overlays": PartSize(64, 64), "selection": PartSize(19, 256)}
+
+
+def test_auto_needs_images_to_look_at() -> None:
+    check_overlay_options("auto", "greedy", None)
+    with pytest.raises(InputError, match="overlays: got auto with overlay choice random, expected greedy"):
+        check_overlay_options("auto", "random", None)

@@ -110,6 +110,14 @@ def test_kept_overlays_are_not_written_again_and_calibrate_nothing(
     assert result.calibration.images == unseen < len(both)
 
 
+def test_as_many_overlays_are_taken_as_are_enough(exported: Path, new_data: Path) -> None:
+    options = RecalibrationOptions(ThresholdRule(target_frr=0.1), overlays="auto", overlay_choice="greedy")
+    result = recalibrate(exported, new_data, options)
+    overlays, _ = read_overlays(exported / "strip_perturb" / "2")
+    assert 1 < len(overlays) <= 50
+    assert result.provenance["options"]["overlays"] == len(overlays)
+
+
 def test_a_greedy_choice_beats_the_random_one_on_the_images_it_was_made_on(exported: Path, new_data: Path) -> None:
     rule = ThresholdRule(target_frr=0.1)
     greedy = RecalibrationOptions(rule, overlays=4, overlay_choice="greedy", seed=1)
