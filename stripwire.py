@@ -608,6 +608,9 @@ def classify(
     ],
     url: Url = "127.0.0.1:8001",
     resize: Annotated[bool, typer.Option("--resize", help="Resize images to what the model takes.")] = False,
+    shared_memory: Annotated[
+        bool, typer.Option("--shared-memory", help="Hand images to a server on this machine through /dev/shm.")
+    ] = False,
     as_json: AsJson = False,
     timeout: Timeout = 30.0,
     token: Token = None,
@@ -622,7 +625,11 @@ def classify(
     with progress() as report, connect(url, timeout, token, tls, tls_ca, tls_key, tls_cert) as client:
         about = client.metadata()
         loaded = load_images(files, size=about.image_shape, resize=resize)
-        verdicts = client.classify(loaded.images, on_progress=lambda done, total: report("Classifying", done, total))
+        verdicts = client.classify(
+            loaded.images,
+            shared_memory=shared_memory,
+            on_progress=lambda done, total: report("Classifying", done, total),
+        )
     tell(loaded.notes)
     if as_json:
         rows = [{"name": name, **asdict(verdict)} for name, verdict in zip(loaded.names, verdicts, strict=True)]

@@ -29,6 +29,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponent
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
+from client.shared import SharedBatches
 from detector.errors import (
     AccessDeniedError,
     DataError,
@@ -205,6 +206,8 @@ class _Request:
     input: InferInput
     outputs: tuple[_Output, ...]
     count: int
+    prepare_again: Callable[[], None] | None = None
+    """Called before it is sent again: the server may be another one."""
 
 
 class GuardedClient:
@@ -242,7 +245,7 @@ class GuardedClient:
         allow_plaintext_secrets: bool = False,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        is_local = is_loopback(url)
+        self._is_local = is_loopback(url)
         if not (timeout_seconds > 0 and math.isfinite(timeout_seconds)):
             raise InputError(f"timeout_seconds: got {timeout_seconds}, expected a positive number")
         if retries < 0:
@@ -250,7 +253,7 @@ class GuardedClient:
         if window < 1:
             raise InputError(f"window: got {window}, expected 1 or more")
         self._headers = _checked_headers(token, headers or {})
-        if self._headers and tls is None and not is_local and not allow_plaintext_secrets:
+        if self._headers and tls is None and not self._is_local and not allow_plaintext_secrets:
             raise InputError(
                 f"token: {url} is another machine and the connection is not encrypted, so anybody on the way could "
                 "read the token; give TLS options, or allow secrets in plaintext"
@@ -264,7 +267,7 @@ class GuardedClient:
         self._sleep = sleep
         self._described: dict[str, ModelMetadata] = {}
         self._closed = False
-        self._triton = _connect(url, tls, use_proxy=not is_local)
+        self._triton = _connect(url, tls, use_proxy=not self._is_local)
 
     def __enter__(self) -> GuardedClient:
         return self
@@ -310,7 +313,12 @@ class GuardedClient:
         return self._describe(self._model, "image", "UINT8", "probabilities")
 
     def classify(
-        self, images: NDArray[np.uint8], *, probabilities: bool = False, on_progress: OnProgress | None = None
+        self,
+        images: NDArray[np.uint8],
+        *,
+        probabilities: bool = False,
+        shared_memory: bool = False,
+        on_progress: OnProgress | None = None,
     ) -> Verdicts:
         """Classify images and get a verdict on each.
 
@@ -318,12 +326,19 @@ class GuardedClient:
             images: (batch, height, width, channels) or one (height, width, channels), uint8, 0..255. Any number: what
                 is more than the server takes at once is split.
             probabilities: ask for the repaired network's probabilities as well; M numbers per image travel back.
+            shared_memory: hand the images to a server on this machine in system shared memory (/dev/shm) instead of
+                sending them.
             on_progress: called with (images done, images in all).
 
         Raises:
             DataError: the images are not what the model takes.
+            InputError: shared memory is asked for, and the server is on another machine, or there is too little.
             ServerError: no usable answer; see the hierarchy in `detector.errors`.
         """
+        if shared_memory and not self._is_local:
+            raise InputError(
+                f"shared memory: {self._url} is another machine, expected a server on this one; send the images without"
+            )
         about = self.metadata()
         images = _checked_images(images, about)
         outputs = [
@@ -335,7 +350,7 @@ class GuardedClient:
         ]
         if probabilities:
             outputs.append(_Output("probabilities", np.float32, (about.classes,)))
-        answers = self._infer(about, images, _image_input, outputs, on_progress)
+        answers = self._infer(about, images, outputs, on_progress, None if shared_memory else _image_input)
         label, trojaned, entropy, p_value, count = (answer[:, 0] for answer in answers[:5])
         believed = answers[5] if probabilities else None
         return Verdicts(label, trojaned, entropy, p_value, count, believed, about.classes)
@@ -356,7 +371,7 @@ class GuardedClient:
         about = self._describe(self._sentinel, "perturbations", "FP32", "sentinel_probabilities")
         images = _checked_images(images, about)
         outputs = [_Output("sentinel_probabilities", np.float32, (1, about.classes))]
-        (answers,) = self._infer(about, images, _perturbations_input, outputs, on_progress)
+        (answers,) = self._infer(about, images, outputs, on_progress, _perturbations_input)
         return answers[:, 0]
 
     def ask(self, model: str, call: Callable[..., _T]) -> _T:
@@ -408,22 +423,44 @@ class GuardedClient:
         self,
         about: ModelMetadata,
         images: NDArray[np.uint8],
-        to_input: Callable[[NDArray[np.uint8]], InferInput],
         outputs: Sequence[_Output],
         on_progress: OnProgress | None,
+        to_input: Callable[[NDArray[np.uint8]], InferInput] | None,
     ) -> list[NDArray[Any]]:
-        """Send the images batch by batch, a window of them in flight, and join the answers in order."""
-        bytes_per_image = 4 * math.prod(images.shape[1:])
-        batch_size = max(1, min(about.max_batch_size, _MAX_REQUEST_BYTES // max(1, bytes_per_image)))
-        starts = iter(range(0, len(images), batch_size))
+        """Send the images batch by batch, and join the answers in order.
+
+        `to_input` makes the input of a batch; without one, batches are handed over in shared memory.
+        """
+        bytes_per_image = math.prod(images.shape[1:])
+        batch_size = max(1, min(about.max_batch_size, _MAX_REQUEST_BYTES // max(1, 4 * bytes_per_image)))
+        batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+        if to_input is not None:
+            requests = (_Request(about.model, to_input(batch), tuple(outputs), len(batch)) for batch in batches)
+            return self._exchange(about, requests, outputs, len(images), on_progress)
+        slots = min(self._window, -(-len(images) // batch_size))
+        slot_bytes = min(batch_size, len(images)) * bytes_per_image
+        with SharedBatches(lambda call: self.ask(about.model, call), slots, slot_bytes) as shared:
+            requests = (
+                _Request(about.model, shared.place(number, batch), tuple(outputs), len(batch), shared.register)
+                for number, batch in enumerate(batches)
+            )
+            return self._exchange(about, requests, outputs, len(images), on_progress)
+
+    def _exchange(
+        self,
+        about: ModelMetadata,
+        requests: Iterator[_Request],
+        outputs: Sequence[_Output],
+        count: int,
+        on_progress: OnProgress | None,
+    ) -> list[NDArray[Any]]:
+        """Send the requests, a window of them in flight, each made when it is sent; join the answers in order."""
         in_flight: deque[tuple[_Request, Future[Any]]] = deque()
         parts: list[list[NDArray[Any]]] = [[np.empty((0, *output.shape), output.dtype)] for output in outputs]
         done = 0
         try:
             while True:
-                while len(in_flight) < self._window and (start := next(starts, None)) is not None:
-                    batch = images[start : start + batch_size]
-                    request = _Request(about.model, to_input(batch), tuple(outputs), len(batch))
+                while len(in_flight) < self._window and (request := next(requests, None)) is not None:
                     in_flight.append((request, self._send(request, self._timeout_seconds)))
                 if not in_flight:
                     return [np.concatenate(arrays) for arrays in parts]
@@ -434,7 +471,7 @@ class GuardedClient:
                     arrays.append(self._tensor(result, output, request.count))
                 done += request.count
                 if on_progress is not None:
-                    on_progress(done, len(images))
+                    on_progress(done, count)
         except RequestRejectedError:
             # The server may have got another model since it was asked about it.
             self._described.pop(about.model, None)
@@ -472,7 +509,11 @@ class GuardedClient:
         answers = iter([answer])
 
         def attempt(seconds_left: float) -> Any:
-            return (next(answers, None) or self._send(request, seconds_left)).result()
+            if (first := next(answers, None)) is not None:
+                return first.result()
+            if request.prepare_again is not None:
+                request.prepare_again()
+            return self._send(request, seconds_left).result()
 
         return self._retrying(request.model, attempt)
 

@@ -16,6 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from client.api import GuardedClient, Verdicts
 from client.evaluation import evaluate
+from client.shared import SharedBatches
 from deploy.embedded.server import EmbeddedTriton
 from detector.calibration import ThresholdRule
 from detector.errors import DataError, DeadlineExceededError, ServerUnavailableError
@@ -139,6 +140,44 @@ def referred(repository: Path, badnet: Path, version: str, verdicts: Verdicts) -
     nlls = [-math.log(row[label]) for row, label in zip(verdicts.probabilities.astype(float), seen, strict=True)]
     entropies = [[reference.entropy_bits(row[None]) for row in rows] for rows in probabilities]
     return np.array(entropies), np.array(nlls)
+
+
+def test_a_server_on_this_machine_reads_images_from_shared_memory(server: EmbeddedTriton, badnet: Path) -> None:
+    images = np.concatenate([images_of(badnet)] * 3)[:200]  # several requests, of which the last is smaller
+    held = set(Path("/dev/shm").iterdir())  # noqa: S108
+    with GuardedClient(server.grpc_address, window=2) as client:
+        sent = client.classify(images, probabilities=True)
+        shared = client.classify(images, probabilities=True, shared_memory=True)
+        one = client.classify(images[0], shared_memory=True)
+        registered = client.ask("guarded", lambda triton, **options: triton.get_system_shared_memory_status(**options))
+    np.testing.assert_array_equal(shared.labels, sent.labels)
+    np.testing.assert_array_equal(shared.trojaned, sent.trojaned)
+    np.testing.assert_allclose(shared.entropy_bits, sent.entropy_bits, atol=1e-5)
+    assert shared.probabilities is not None
+    assert sent.probabilities is not None
+    np.testing.assert_allclose(shared.probabilities, sent.probabilities, atol=1e-6)
+    assert one.labels[0] == sent.labels[0]
+    assert not registered.regions
+    assert not {path.name for path in set(Path("/dev/shm").iterdir()) - held if path.name.startswith("psm_")}  # noqa: S108
+
+
+def test_a_server_that_was_started_anew_is_told_of_the_shared_memory_again(server: EmbeddedTriton) -> None:
+    with GuardedClient(server.grpc_address) as client:
+
+        def ask(call: Any) -> Any:
+            return client.ask("guarded", call)
+
+        def registered() -> int:
+            return len(ask(lambda triton, **options: triton.get_system_shared_memory_status(**options)).regions)
+
+        with SharedBatches(ask, 2, 100) as shared:
+            shared.register()  # which it was already
+            assert registered() == 1
+            ask(lambda triton, **options: triton.unregister_system_shared_memory("", **options))
+            assert registered() == 0
+            shared.register()
+            assert registered() == 1
+        assert registered() == 0
 
 
 def test_the_answer_does_not_depend_on_the_batch(server: EmbeddedTriton, badnet: Path) -> None:

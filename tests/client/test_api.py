@@ -614,6 +614,14 @@ def test_tls_files_are_checked_beforehand(certificates: Path, files: dict[str, s
         TlsOptions(**paths)
 
 
+def test_another_machine_gets_no_images_in_shared_memory() -> None:
+    with (
+        GuardedClient("192.0.2.1:8001") as client,
+        pytest.raises(InputError, match=r"shared memory: 192\.0\.2\.1:8001 is another machine"),
+    ):
+        client.classify(np.zeros((1, 2, 2, 1), np.uint8), shared_memory=True)
+
+
 def test_importing_the_client_loads_no_heavy_library() -> None:
     code = "import client.api, sys; print(*sorted({'tensorflow', 'keras', 'scipy', 'onnxruntime'} & set(sys.modules)))"
     completed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
