@@ -24,7 +24,7 @@ lint: $(VENV)/.installed-dev  ## Check format, style and types
 	$(BIN)/mypy .
 
 bench: $(VENV)/.installed-all  ## Measure what the guard costs, as a ratio to the bare network
-	$(BIN)/python -m benchmarks.served
+	$(BIN)/python -m benchmarks.speed
 
 clean:  ## Remove the virtual environment, caches and the demo's output
 	rm -rf $(VENV) build dist *.egg-info stripwire-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -27,6 +27,7 @@ from tritonclient.grpc.model_config_pb2 import (
     ModelInstanceGroup,
     ModelOutput,
     ModelParameter,
+    ModelWarmup,
 )
 
 from detector.calibration import Calibration
@@ -380,6 +381,13 @@ def _config(
     config.dynamic_batching.max_queue_delay_microseconds = MAX_QUEUE_DELAY_MICROSECONDS
     kind = ModelInstanceGroup.KIND_AUTO if image_sized else ModelInstanceGroup.KIND_CPU
     config.instance_group.append(ModelInstanceGroup(count=1, kind=kind))
+    if platform:
+        # Threads, memory and, on a GPU, kernels are there before the first request is.
+        sizes = {
+            tensor: ModelWarmup.Input(data_type=kind, dims=[max(1, size) for size in dims], zero_data=True)
+            for tensor, kind, dims in inputs
+        }
+        config.model_warmup.append(ModelWarmup(name="first", batch_size=1, inputs=sizes))
     if backend == "python" and image_sized:
         # Tensors stay on the GPU between the models that live there.
         config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].CopyFrom(ModelParameter(string_value="no"))

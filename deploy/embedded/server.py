@@ -318,12 +318,15 @@ class EmbeddedTriton:
         shutil.copytree(_BACKENDS, backends, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(triton.python_backend, backends / "python", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy2(triton.stub, backends / "python" / triton.stub.name)
+        # Triton starts its Python stubs by a command line in which a blank ends an argument.
+        repository = work_folder / "repository"
+        repository.symlink_to(self.repository, target_is_directory=True)
         command = [
             sys.executable,
             str(Path(__file__).with_name("launch.py")),
             str(os.getpid()),
             str(triton.executable),
-            f"--model-repository={self.repository}",
+            f"--model-repository={repository}",
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={self.region_prefix}",
             "--disable-auto-complete-config",
@@ -445,7 +448,7 @@ def choose_ports(host: str, wanted: Mapping[str, int]) -> dict[str, int]:
     return ports
 
 
-_ERROR_LINE = re.compile(r"^E\d{4} |error:|Error:|failed to load|UNAVAILABLE: ")
+_ERROR_LINE = re.compile(r"^E\d{4} |error:|Error:|failed to load|UNAVAILABLE: |^terminate called|^  what\(\): ")
 
 
 def error_lines(log: str, most: int = 20) -> str:

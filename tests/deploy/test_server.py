@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -88,6 +89,13 @@ def test_it_serves_and_leaves_no_process_memory_or_file_behind(repository: Path)
     wait_until_gone(family)
     assert leftovers(server.region_prefix) == []
     assert sorted(path.name for path in repository.rglob("*")) == before
+
+
+def test_a_folder_may_have_blanks_in_its_name(repository: Path, tmp_path: Path) -> None:
+    shutil.copytree(repository, tmp_path / "my own models")
+    with EmbeddedTriton(tmp_path / "my own models") as server:
+        labels, trojaned = classify(server.grpc_address)
+    assert (labels, trojaned) == ([CLASSES], [True])
 
 
 def test_in_shadow_mode_the_verdict_is_only_reported(repository: Path) -> None:

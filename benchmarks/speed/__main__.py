@@ -1,0 +1,137 @@
+"""The command; see the package."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import psutil
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import benchmarks.speed
+from benchmarks.speed.contenders import ENSEMBLE, FUSED, contenders
+from benchmarks.speed.offline import compare, vary
+from benchmarks.speed.results import draw, offline_table, served_table, targets, varied_table
+from benchmarks.speed.served import Load, measure
+from benchmarks.speed.served import soak as soak_server
+from exporter.badnet import TEST_FILE, BadNetOptions, cached_badnet, trojaned_file
+from samples.hdf5 import read_hdf5
+
+RESULTS = Path(__file__).parents[1] / "results"
+LOADS = (*(Load(batch, callers) for batch in (1, 8, 32) for callers in (1, 4, 16)), Load(32, 1, "1 % trojaned"))
+_TROJANED_SHARE = 0.01
+
+app = typer.Typer(add_completion=False, help=benchmarks.speed.__doc__)
+Report = Callable[[str, int, int], None]
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each has its turn.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long a turn is.")] = 1.5,
+    output: Annotated[Path, typer.Option(help="Folder for speed.json and speed.png.")] = RESULTS,
+) -> None:
+    """Measure everything but the soak, and print it."""
+    if context.invoked_subcommand is not None:
+        return
+    with _progress() as report:
+        found = _read(output)
+        found |= {"hardware": hardware(), "rounds": rounds, "seconds": seconds}
+        found["offline"], found["varied"] = compare(rounds, report), vary(rounds, report)
+        found["served"] = _served(rounds, seconds, report)
+    _write(output, found)
+    draw(output / "speed.png", found)
+    show(found)
+
+
+@app.command()
+def soak(
+    requests: Annotated[int, typer.Option(min=1000, help="Of one image, of each layout.")] = 100_000,
+    callers: Annotated[int, typer.Option(min=1, help="How many ask at once.")] = 4,
+    output: Annotated[Path, typer.Option(help="Folder with speed.json.")] = RESULTS,
+) -> None:
+    """Watch the server's memory over many requests."""
+    badnet = cached_badnet(BadNetOptions()).folder
+    pool = read_hdf5(badnet / TEST_FILE).images
+    with _progress() as report, tempfile.TemporaryDirectory() as folder, contenders(badnet, Path(folder)) as running:
+        memory = {
+            each.name: soak_server(each, pool, requests, callers, report)
+            for each in running
+            if each.name in (ENSEMBLE, FUSED)
+        }
+    found = _read(output) | {"soak": {"requests": requests, "callers": callers, "memory_mib": memory}}
+    _write(output, found)
+    show(found)
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the tables of what was measured."""
+    console = Console(width=140)
+    if "served" in found:
+        console.print(found["hardware"], highlight=False)
+        for table in (served_table(found["served"]), offline_table(found["offline"]), varied_table(found["varied"])):
+            console.print(table)
+        console.print(targets(found))
+
+
+def hardware() -> str:
+    """Return on what this runs."""
+    memory = psutil.virtual_memory().total / 2**30
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    name = next(names, platform.machine())
+    return f"{len(os.sched_getaffinity(0))} cores of {name}, {memory:.0f} GiB, no GPU asked"
+
+
+def _served(rounds: int, seconds: float, report: Report) -> list[dict[str, Any]]:
+    badnet = cached_badnet(BadNetOptions()).folder
+    clean, trojaned = (read_hdf5(badnet / name).images for name in (TEST_FILE, trojaned_file("sunglasses")))
+    some = trojaned[: max(1, round(len(clean) * _TROJANED_SHARE / (1 - _TROJANED_SHARE)))]
+    pools = {"clean": clean, "1 % trojaned": np.concatenate([clean, some])}
+    found: list[dict[str, Any]] = [asdict(load) | {"rounds": []} for load in LOADS]
+    with tempfile.TemporaryDirectory() as folder, contenders(badnet, Path(folder)) as running:
+        for turn in range(rounds):
+            for number, (load, into) in enumerate(zip(LOADS, found, strict=True)):
+                # Nobody is always the one who is asked after the same other one.
+                order = np.random.default_rng([turn, number]).permutation(len(running))
+                samples = {running[at].name: measure(running[at], load, pools[load.traffic], seconds) for at in order}
+                into["rounds"].append({name: asdict(sample) for name, sample in samples.items()})
+                report("Through the server", turn * len(LOADS) + number + 1, rounds * len(LOADS))
+    return found
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bars:
+        task = bars.add_task("")
+        yield lambda description, done, total: bars.update(task, description=description, completed=done, total=total)
+
+
+def _read(output: Path) -> dict[str, Any]:
+    file = output / "speed.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def _write(output: Path, found: dict[str, Any]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    part = output / "speed.partial"
+    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    part.replace(output / "speed.json")
+
+
+if __name__ == "__main__":
+    app()

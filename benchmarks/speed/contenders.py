@@ -1,0 +1,118 @@
+"""What is compared, each behind a server of its own: the bare network, the same guard done naively, and ours."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from deploy.embedded.server import EmbeddedTriton
+from exporter.badnet import MODEL_FILE, VALIDATION_FILE
+from exporter.export import Data, ExportOptions, export
+from exporter.repair import RepairOptions
+from exporter.repository import render
+from model_repository.manifest import read_manifest, write_manifest
+
+BARE, NAIVE, ENSEMBLE, FUSED, FUSED_WHOLE = (
+    "bare network",
+    "naive ensemble",
+    "ensemble",
+    "fused",
+    "fused, no early exit",
+)
+CONTENDERS = (BARE, NAIVE, ENSEMBLE, FUSED, FUSED_WHOLE)
+
+_NAIVE = Path(__file__).with_name("naive")
+_NAIVE_ANSWERS = {"label", "trojaned", "entropy"}
+_NOT_NAIVE = {"sentinel_label", "sentinel_perturbations"}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to get a label for an image, with a verdict or without.
+
+    Attributes:
+        name: one of `CONTENDERS`.
+        server: that is asked; of a server that nobody asks, nothing runs.
+        model: which of its models is asked.
+        outputs: what it is asked for.
+        one_by_one: whether a request holds one image only.
+    """
+
+    name: str
+    server: EmbeddedTriton
+    model: str
+    outputs: Sequence[str]
+    one_by_one: bool = False
+
+
+@contextmanager
+def contenders(badnet: Path, folder: Path) -> Iterator[list[Contender]]:
+    """Export a BadNet in every layout, serve each, and yield who can be asked.
+
+    Nothing is repaired: what a network costs does not hang on its weights.
+
+    Args:
+        badnet: folder of a trained BadNet, see `exporter.badnet`.
+        folder: where the repositories go.
+    """
+    repositories = {
+        ENSEMBLE: ExportOptions(repair=RepairOptions(method="none")),
+        FUSED: ExportOptions(repair=RepairOptions(method="none"), layout="fused"),
+        FUSED_WHOLE: ExportOptions(repair=RepairOptions(method="none"), layout="fused", early_exit=False),
+    }
+    for name, options in repositories.items():
+        export(badnet / MODEL_FILE, Data(badnet / VALIDATION_FILE), folder / name, options)
+    write_naive(folder / ENSEMBLE, folder / NAIVE)
+    with ExitStack() as running:
+        servers = {name: running.enter_context(EmbeddedTriton(folder / name)) for name in (NAIVE, *repositories)}
+        verdict = ("label", "trojaned", "entropy")
+        yield [
+            Contender(BARE, servers[ENSEMBLE], "repaired", ("repaired_probabilities",)),
+            Contender(NAIVE, servers[NAIVE], "guarded", verdict, one_by_one=True),
+            *(Contender(name, servers[name], "guarded", verdict) for name in repositories),
+        ]
+
+
+def write_naive(repository: Path, folder: Path) -> None:
+    """Write a copy of a repository in the layout `ensemble` whose Python-backend models are those in `naive`.
+
+    Args:
+        repository: a model repository with the detector `strip`.
+        folder: the copy, which must not exist.
+    """
+    shutil.copytree(repository, folder)
+    manifest = read_manifest(repository)
+    for model in _NAIVE.glob("*/model.py"):
+        shutil.copy(model, folder / model.parent.name / manifest["active"] / "model.py")
+    for path in folder.glob("*/config.pbtxt"):
+        config = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+        _without_batches(config)
+        path.write_text(render(config), encoding="utf-8")
+    write_manifest(folder, manifest["versions"], manifest["active"])
+
+
+def _without_batches(config: ModelConfig) -> None:
+    """Take out of a config what the naive models do not have: batches, and outputs that they do not give."""
+    config.max_batch_size = 0
+    config.ClearField("dynamic_batching")
+    config.ClearField("model_warmup")
+    for tensors, answers in ((config.input, False), (config.output, config.name in ("guarded", "strip_verdict"))):
+        kept = [tensor for tensor in tensors if tensor.name not in _NOT_NAIVE]
+        kept = [tensor for tensor in kept if not answers or tensor.name in _NAIVE_ANSWERS]
+        for tensor in kept:
+            tensor.dims.insert(0, -1)
+        copies = [type(tensor).FromString(tensor.SerializeToString()) for tensor in kept]
+        del tensors[:]
+        tensors.extend(copies)
+    for step in config.ensemble_scheduling.step:
+        for names in (step.input_map, step.output_map):
+            for name in [*names]:
+                answer = step.model_name == "strip_verdict" and names is step.output_map
+                if name in _NOT_NAIVE or (answer and name not in _NAIVE_ANSWERS):
+                    del names[name]

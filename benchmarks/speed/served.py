@@ -1,0 +1,148 @@
+"""The whole path through the embedded server, with callers that each send one request after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import tritonclient.grpc as triton_grpc
+from numpy.typing import NDArray
+
+from benchmarks.speed.contenders import Contender
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Load:
+    """How a server is asked.
+
+    Attributes:
+        batch: images in a request.
+        callers: how many ask at once.
+        traffic: `clean`, or `1 % trojaned`.
+    """
+
+    batch: int
+    callers: int
+    traffic: str = "clean"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What came of it, in one round.
+
+    Attributes:
+        images_per_second: answered.
+        p50_ms: median time of a request; where requests hold one image only, of as many as the batch has.
+        p99_ms: 99th percentile of it.
+        cpu_ms_per_image: processor time of the server and its stubs.
+        memory_mib: of the server and its stubs, not shared with others, at the end.
+    """
+
+    images_per_second: float
+    p50_ms: float
+    p99_ms: float
+    cpu_ms_per_image: float
+    memory_mib: float
+
+
+def measure(contender: Contender, load: Load, pool: NDArray[np.uint8], seconds: float) -> Sample:
+    """Ask for so long, and return what came of it.
+
+    Args:
+        contender: who is asked.
+        load: how.
+        pool: the images to draw from, (images, height, width, channels), uint8.
+        seconds: how long.
+    """
+    family = _family(contender)
+    with ExitStack() as open_clients:
+        clients = [
+            open_clients.enter_context(triton_grpc.InferenceServerClient(contender.server.grpc_address))
+            for _ in range(load.callers)
+        ]
+        streams = [_requests(contender, load, pool, seed) for seed in range(load.callers)]
+        for client, stream in zip(clients, streams, strict=True):
+            _ask(client, contender, next(stream))
+        begun, busy = time.perf_counter(), _cpu_seconds(family)
+
+        def call(client: Any, stream: Iterator[list[Any]]) -> list[float]:
+            times = []
+            while (started := time.perf_counter()) < begun + seconds:
+                _ask(client, contender, next(stream))
+                times.append(time.perf_counter() - started)
+            return times
+
+        with ThreadPoolExecutor(load.callers) as callers:
+            spent = np.concatenate([*callers.map(call, clients, streams)])
+        lasted, busy = time.perf_counter() - begun, _cpu_seconds(family) - busy
+    images = len(spent) * load.batch
+    p50, p99 = np.quantile(spent, [0.5, 0.99])
+    return Sample(images / lasted, 1e3 * p50, 1e3 * p99, 1e3 * busy / images, memory_mib(contender))
+
+
+def memory_mib(contender: Contender) -> float:
+    """Return the memory of a server and its stubs that nobody else has, in MiB."""
+    return float(sum(process.memory_full_info().uss for process in _family(contender))) / 2**20
+
+
+def soak(contender: Contender, pool: NDArray[np.uint8], requests: int, callers: int, report: Report) -> list[float]:
+    """Send so many requests of one image, and return the memory in MiB after each hundredth of them.
+
+    Args:
+        contender: who is asked.
+        pool: the images to draw from, (images, height, width, channels), uint8.
+        requests: how many.
+        callers: how many ask at once.
+        report: told how far it is.
+    """
+    found = []
+    with ExitStack() as open_clients:
+        clients = [
+            open_clients.enter_context(triton_grpc.InferenceServerClient(contender.server.grpc_address))
+            for _ in range(callers)
+        ]
+        for part in range(100):
+            share = requests // 100 // callers
+
+            def call(client: Any, seed: int, share: int = share) -> None:
+                stream = _requests(contender, Load(1, callers), pool, seed)
+                for _ in range(share):
+                    _ask(client, contender, next(stream))
+
+            with ThreadPoolExecutor(callers) as asking:
+                list(asking.map(call, clients, range(part * callers, (part + 1) * callers)))
+            found.append(memory_mib(contender))
+            report(f"Soaking {contender.name}", part + 1, 100)
+    return found
+
+
+def _requests(contender: Contender, load: Load, pool: NDArray[np.uint8], seed: int) -> Iterator[list[Any]]:
+    """Yield without end what a caller sends for a batch: the inputs of one request, or of one for each image."""
+    generator = np.random.default_rng(seed)
+    while True:
+        images = pool[generator.integers(0, len(pool), load.batch)]
+        parts = np.split(images, load.batch) if contender.one_by_one else [images]
+        yield [triton_grpc.InferInput("image", part.shape, "UINT8").set_data_from_numpy(part) for part in parts]
+
+
+def _ask(client: Any, contender: Contender, inputs: list[Any]) -> None:
+    outputs = [triton_grpc.InferRequestedOutput(name) for name in contender.outputs]
+    for given in inputs:
+        client.infer(contender.model, [given], outputs=outputs)
+
+
+def _family(contender: Contender) -> list[psutil.Process]:
+    server = psutil.Process(contender.server.process_id)
+    return [server, *server.children(recursive=True)]
+
+
+def _cpu_seconds(family: list[psutil.Process]) -> float:
+    return float(sum(sum(process.cpu_times()[:2]) for process in family))
