@@ -17,6 +17,7 @@ SHOWN = {
     "strip 0.7": ("#d9a441", "o"),
     "consensus + bounds": ("#5aa7d6", "D"),
     "consensus + distill": ("#14507a", "D"),
+    "confidence": ("#b0568c", "v"),
     "ART's STRIP": ("#a8a8a8", "s"),
     "SCALE-UP": ("#a9cc9c", "^"),
     "SCALE-UP + clean data": ("#4f8a3c", "^"),

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.detection.cases import CASES, TARGETS
+from benchmarks.detection.cases import CASES, JOINED, TARGETS
+from benchmarks.detection.detectors import compared
 from benchmarks.detection.sweeps import SWEPT_TARGETS, WEIGHTS
 from detector.conformal import DETECTORS
 from detector.statistics import Proportion
@@ -54,8 +55,9 @@ def read_results(folder: Path) -> Results:
 
 def rows(results: Results) -> Iterator[Row]:
     """Yield a row for each case, detector and attack."""
+    order = [*compared(dict.fromkeys(JOINED), classes_known=True)]
     for case, result in results.items():
-        for detector, found in result.get("detectors", {}).items():
+        for detector, found in sorted(result.get("detectors", {}).items(), key=lambda pair: order.index(pair[0])):
             for attack, figures in found["attacks"].items():
                 yield Row(case, attack, detector, found["passes"], figures)
 
