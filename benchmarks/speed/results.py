@@ -137,6 +137,8 @@ def draw(file: Path, found: dict[str, Any]) -> None:
             axes.plot([row[name] for row in rows], [row[way] for row in rows], "o-", color=colour, label=way)
         _finish(axes, f"by {name}, without a server and early exit", name, [row[name] for row in rows])
     below.axes[0].set_ylabel("time for an image / bare network")
+    for axes in figure.get_axes():
+        axes.set_ylim(bottom=0)  # now that all is drawn: it ends the scaling
     figure.savefig(file, dpi=110)
 
 
@@ -146,6 +148,5 @@ def _finish(axes: Axes, title: str, what: str, ticks: Iterable[float]) -> None:
     axes.set_xscale("log")
     axes.set_xticks([*ticks], [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
