@@ -268,6 +268,63 @@ def test_the_graph_is_readable_by_the_servers_of_the_last_years(early_exit: bool
     assert len(names) == len(set(names))  # no branch hides what another part made
 
 
+ON_GPU = set(
+    [
+        "Add",
+        "ArgMax",
+        "AveragePool",
+        "BatchNormalization",
+        "Cast",
+        "Concat",
+        "ConstantOfShape",
+        "Conv",
+        "Div",
+        "Equal",
+        "Exp",
+        "Gather",
+        "GatherND",
+        "Gemm",
+        "GlobalAveragePool",
+        "Greater",
+        "Identity",
+        "If",
+        "Log",
+        "MatMul",
+        "MaxPool",
+        "Mul",
+        "Neg",
+        "NonZero",
+        "Not",
+        "Pad",
+        "ReduceMax",
+        "ReduceSum",
+        "Relu",
+        "Reshape",
+        "ScatterND",
+        "Shape",
+        "Size",
+        "Slice",
+        "Softmax",
+        "Squeeze",
+        "Sub",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    ]
+)
+"""Operators that CUDAExecutionProvider has at operator set 15 for the types in use: onnxruntime, OperatorKernels.md."""
+
+
+@pytest.mark.parametrize("threshold_nll", [None, 2.0])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_gpu_has_a_kernel_for_every_operator(name: str, threshold_nll: float | None) -> None:
+    networks = pair(name)
+    overlays = images_of(networks.shape, 4, 1)
+    plannable = np.linspace(0.5, 1.5, 40).reshape(10, 4)
+    fused = fuse(*networks.graphs, overlays, 0.5, calibration_of(0.7, threshold_nll), plannable)
+    assert {node.op_type for node in nodes_of(fused.graph.graph)} <= ON_GPU
+
+
 def test_most_clean_images_are_spared_blends_and_the_plan_knows_how_many() -> None:
     fused, images, entropies = fused_of("convolution")
     answers = run(fused, images)
