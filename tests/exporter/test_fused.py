@@ -268,50 +268,14 @@ def test_the_graph_is_readable_by_the_servers_of_the_last_years(early_exit: bool
     assert len(names) == len(set(names))  # no branch hides what another part made
 
 
-ON_GPU = set(
-    [
-        "Add",
-        "ArgMax",
-        "AveragePool",
-        "BatchNormalization",
-        "Cast",
-        "Concat",
-        "ConstantOfShape",
-        "Conv",
-        "Div",
-        "Equal",
-        "Exp",
-        "Gather",
-        "GatherND",
-        "Gemm",
-        "GlobalAveragePool",
-        "Greater",
-        "Identity",
-        "If",
-        "Log",
-        "MatMul",
-        "MaxPool",
-        "Mul",
-        "Neg",
-        "NonZero",
-        "Not",
-        "Pad",
-        "ReduceMax",
-        "ReduceSum",
-        "Relu",
-        "Reshape",
-        "ScatterND",
-        "Shape",
-        "Size",
-        "Slice",
-        "Softmax",
-        "Squeeze",
-        "Sub",
-        "Transpose",
-        "Unsqueeze",
-        "Where",
-    ]
-)
+# fmt: off
+ON_GPU = {
+    "Add", "ArgMax", "AveragePool", "BatchNormalization", "Cast", "Concat", "ConstantOfShape", "Conv", "Div",
+    "Equal", "Exp", "Gather", "GatherND", "Gemm", "GlobalAveragePool", "Greater", "Identity", "If", "Log",
+    "MatMul", "MaxPool", "Mul", "Neg", "NonZero", "Not", "Pad", "ReduceMax", "ReduceSum", "Relu", "Reshape",
+    "ScatterND", "Shape", "Size", "Slice", "Softmax", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
+}
+# fmt: on
 """Operators that CUDAExecutionProvider has at operator set 15 for the types in use: onnxruntime, OperatorKernels.md."""
 
 
