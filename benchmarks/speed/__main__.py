@@ -22,7 +22,7 @@ import benchmarks.speed
 from benchmarks.speed.contenders import ENSEMBLE, FUSED, contenders
 from benchmarks.speed.offline import compare, vary
 from benchmarks.speed.results import draw, offline_table, served_table, targets, varied_table
-from benchmarks.speed.served import Load, measure
+from benchmarks.speed.served import Load, blends, measure
 from benchmarks.speed.served import soak as soak_server
 from exporter.badnet import TEST_FILE, BadNetOptions, cached_badnet, trojaned_file
 from samples.hdf5 import read_hdf5
@@ -102,6 +102,8 @@ def _served(rounds: int, seconds: float, report: Report) -> list[dict[str, Any]]
     pools = {"clean": clean, "1 % trojaned": np.concatenate([clean, some])}
     found: list[dict[str, Any]] = [asdict(load) | {"rounds": []} for load in LOADS]
     with tempfile.TemporaryDirectory() as folder, contenders(badnet, Path(folder)) as running:
+        for load, into in zip(LOADS, found, strict=True):
+            into["blends"] = blends(running, pools[load.traffic])
         for turn in range(rounds):
             for number, (load, into) in enumerate(zip(LOADS, found, strict=True)):
                 # Nobody is always the one who is asked after the same other one.

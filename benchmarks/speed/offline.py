@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import keras
 import numpy as np
@@ -68,6 +69,7 @@ def compare(rounds: int, report: Report) -> dict[str, list[float]]:
         "ART, Keras": (lambda batch: _art(by_keras, batch, bench.overlays), _SLOW_IMAGES),
         "ART, onnxruntime": (lambda batch: _art(bench.predict, batch, bench.overlays), _SLOW_IMAGES),
         "ours, ensemble": (bench.ensemble, IMAGES),
+        "ours, fused, nothing shared": (bench.unshared, IMAGES),
         "ours, fused": (bench.fused, IMAGES),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -149,8 +151,10 @@ class _Bench:
         self._badnet, self._repaired = open_graph(badnet.SerializeToString()), open_graph(repaired.SerializeToString())
         entropies = entropy_matrix(self._badnet, _pictures(100, 2), self.overlays, ALPHA)
         calibration = ThresholdRule().calibrate(entropies)
-        fused = fuse(badnet, repaired, self.overlays, ALPHA, calibration, entropies, early_exit=False)
-        self._fused = open_graph(fused.graph.SerializeToString())
+        of_both = badnet, repaired, self.overlays, ALPHA, calibration, entropies
+        self._fused = open_graph(fuse(*of_both, early_exit=False).graph.SerializeToString())
+        with patch("exporter.fused._MOST_SHARED_BYTES", 0):
+            self._unshared = open_graph(fuse(*of_both, early_exit=False).graph.SerializeToString())
 
     def predict(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the probabilities of images, (images, classes)."""
@@ -165,6 +169,10 @@ class _Bench:
         """Do what the ensemble's models do."""
         (probabilities,) = self._badnet.run(None, {"perturbations": perturb(images, self._weighted, ALPHA)})
         return score_bits(perturbation_entropies_bits(probabilities), "strip"), self.bare(images)
+
+    def unshared(self, images: NDArray[np.uint8]) -> Any:
+        """Run the fused graph with the sentinel's beginning in every blend."""
+        return self._unshared.run(None, {"image": images})
 
     def fused(self, images: NDArray[np.uint8]) -> Any:
         """Run the fused graph."""

@@ -32,7 +32,7 @@ def ratios(rounds: list[dict[str, dict[str, float]]], contender: str, figure: st
 
 def served_table(served: list[dict[str, Any]]) -> Table:
     """Return what each contender costs through the server."""
-    columns = ("batch", "callers", "traffic", "", "images/s", "cost / bare", "p50 (ms)", "p50 / bare")
+    columns = ("batch", "callers", "traffic", "", "blends", "images/s", "cost / bare", "p50 (ms)", "p50 / bare")
     table = Table(*columns, "p99 (ms)", "CPU ms an image", "CPU / bare", "MiB", title="Through the server")
     for load in served:
         rounds = load["rounds"]
@@ -46,6 +46,7 @@ def served_table(served: list[dict[str, Any]]) -> Table:
             table.add_row(
                 *start,
                 name,
+                f"{load['blends'][name]:.1f}" if name in load["blends"] else "",
                 f"{middle['images_per_second']:.0f}",
                 cost,
                 f"{middle['p50_ms']:.1f}",

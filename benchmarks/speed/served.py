@@ -15,6 +15,7 @@ import tritonclient.grpc as triton_grpc
 from numpy.typing import NDArray
 
 from benchmarks.speed.contenders import Contender
+from client.api import GuardedClient
 
 Report = Callable[[str, int, int], None]
 
@@ -86,6 +87,16 @@ def measure(contender: Contender, load: Load, pool: NDArray[np.uint8], seconds: 
     images = len(spent) * load.batch
     p50, p99 = np.quantile(spent, [0.5, 0.99])
     return Sample(images / lasted, 1e3 * p50, 1e3 * p99, 1e3 * busy / images, memory_mib(contender))
+
+
+def blends(contenders: list[Contender], pool: NDArray[np.uint8]) -> dict[str, float]:
+    """Return how many blends run for an image of the pool on average, by contender; of ours alone, which tell it."""
+    found = {}
+    for contender in contenders:
+        if contender.model == "guarded" and not contender.one_by_one:
+            with GuardedClient(contender.server.grpc_address) as client:
+                found[contender.name] = float(client.classify(pool).perturbations.mean())
+    return found
 
 
 def memory_mib(contender: Contender) -> float:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from benchmarks.speed import offline, results
 from benchmarks.speed.contenders import BARE, CONTENDERS, ENSEMBLE, NAIVE, Contender, write_naive
-from benchmarks.speed.served import Load, measure, soak
+from benchmarks.speed.served import Load, blends, measure, soak
 from client.api import GuardedClient
 from deploy.embedded.server import EmbeddedTriton
 from detector.calibration import ThresholdRule
@@ -63,6 +63,7 @@ def test_a_load_is_measured_and_a_soak_watched(repository: Path) -> None:
         sample = measure(contender, Load(4, 2), IMAGES, 0.5)
         told: list[int] = []
         memory = soak(contender, IMAGES, 200, 2, lambda _text, done, _total: told.append(done))
+        assert blends([contender], IMAGES) == {ENSEMBLE: 4.0}
     assert sample.images_per_second > 0
     assert 0 < sample.p50_ms <= sample.p99_ms
     assert sample.cpu_ms_per_image >= 0
@@ -87,7 +88,11 @@ def found() -> dict[str, Any]:
         }
     ] * 3
     names = ["bare network", "published loop, Keras", "ART, Keras", "ours, fused"]
-    loads = [{"batch": batch, "callers": callers, "traffic": "clean"} for batch in (1, 32) for callers in (1, 4)]
+    loads = [
+        {"batch": batch, "callers": callers, "traffic": "clean", "blends": {"fused": 4.5}}
+        for batch in (1, 32)
+        for callers in (1, 4)
+    ]
     return {
         "hardware": "an abacus",
         "served": [load | {"rounds": rounds} for load in loads],
