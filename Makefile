@@ -23,7 +23,7 @@ lint: $(VENV)/.installed-dev  ## Check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
 
-bench: $(VENV)/.installed-all  ## Measure what the guard costs, as a ratio to the bare network
+bench: $(VENV)/.installed-bench  ## Measure what the guard costs, as a ratio to the bare network
 	$(BIN)/python -m benchmarks.speed
 
 clean:  ## Remove the virtual environment, caches and the demo's output

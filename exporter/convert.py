@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from detector.errors import ExportError
+from detector.errors import ExportError, ModelRefusedError
 from exporter.entropies import open_graph
 from exporter.preprocessing import Preprocessing
 
@@ -31,7 +31,7 @@ def to_onnx(model: keras.Model) -> onnx.ModelProto:
         A graph from scaled pixels (batch, height, width, channels) to probabilities (batch, classes), both float32.
 
     Raises:
-        ExportError: it holds something that has no ONNX form of operator set 15.
+        ModelRefusedError: it holds something that has no ONNX form of operator set 15.
     """
     # Slow to import, and only an export needs them.
     import tensorflow as tf
@@ -46,15 +46,28 @@ def to_onnx(model: keras.Model) -> onnx.ModelProto:
         try:
             proto, _ = tf2onnx.convert.from_function(call, input_signature=signature, opset=OPSET)
         except Exception as error:  # tf2onnx raises whatever its rewriting trips over
-            raise ExportError(f"the network cannot be converted to ONNX ({error}); nothing was exported") from error
+            raise ModelRefusedError(
+                f"the network cannot be converted to ONNX ({error}); nothing was exported"
+            ) from error
     assert isinstance(proto, onnx.ModelProto)  # noqa: S101  tf2onnx is untyped
     foreign = sorted({node.op_type for node in proto.graph.node if not onnx.defs.has(node.op_type, node.domain)})
     if foreign:
-        raise ExportError(
-            f"the network cannot be converted to ONNX: there is no operator for {', '.join(foreign)} (seen with "
-            "grouped convolutions and gelu); nothing was exported"
+        raise ModelRefusedError(
+            f"the network cannot be converted to ONNX: there is no operator for {', '.join(foreign)}, "
+            f"{_suspects(model)}; nothing was exported"
         )
     return proto
+
+
+def _suspects(model: keras.Model) -> str:
+    """Say which layers have no ONNX form, as far as that is known."""
+    found = []
+    for layer in model.layers:
+        if getattr(layer, "groups", 1) > 1:
+            found.append(f"layer {layer.name!r} with groups {layer.groups}")
+        if getattr(getattr(layer, "activation", None), "__name__", "") == "gelu":
+            found.append(f"layer {layer.name!r} with the activation gelu")
+    return f"expected a network without {', '.join(found)}" if found else "and which layer needs it is not known"
 
 
 def repaired_graph(network: onnx.ModelProto, preprocessing: Preprocessing) -> onnx.ModelProto:

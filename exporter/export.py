@@ -99,13 +99,13 @@ def export(
     preprocessing = options.preprocessing
     loaded = load_model(model_path, architecture=options.architecture)
     preprocessing.check_channels(loaded.input_shape[-1])
+    # All that can fail early does so before the data is read, or at least before the repair, which takes long.
     try:
         model, network_outputs = with_probabilities(loaded, preprocessing)
+        check_repairable(model, options.repair.method)
+        badnet = sentinel_graph(to_onnx(model), preprocessing)
     except ModelRefusedError as error:
         raise ModelRefusedError(f"{model_path}: {error}") from error
-    check_repairable(model, options.repair.method)
-    # All that can fail early does so before the data is read, or at least before the repair, which takes long.
-    badnet = sentinel_graph(to_onnx(model), preprocessing)
     height, width, channels = model.input_shape[1:]
     image_shape, classes = (height, width, channels), int(model.output_shape[-1])
     check_output(output, image_shape, classes)
@@ -175,6 +175,7 @@ def export(
         check_fused(fused, split.calibration.images[:_PARITY_IMAGES], entropies[:_PARITY_IMAGES])
 
     deciding = measured if options.repair.stop_on_attack else None
+    attacks = {"attack": attack, "deciding_attack": deciding}
     before, after = (_scores(network, split.validation, attack, preprocessing) for network in (model, repair.model))
     report = collect(
         model_path=model_path,
@@ -205,7 +206,7 @@ def export(
         "inputs": {name: reader.describe(path) for name, path in inputs.items() if path is not None},
         "options": asdict(options) | {"overlays": len(overlays), "alpha": options.input_weight},
         "network_outputs": network_outputs,
-        "split": split.to_json() | ({} if deciding is None else {"deciding_attack": part_to_json(deciding)}),
+        "split": split.to_json() | {name: part_to_json(part) for name, part in attacks.items() if part is not None},
         "scores": {"before": before.to_json(), "after": after.to_json(), "guard": guard},
         "repair": repair.to_json(),
         "calibration": calibration.to_json(),

@@ -395,6 +395,9 @@ _IGNORED_OF: Mapping[str, Mapping[str, _Check]] = {
     "SpatialDropout2D": _DROPOUT_IGNORED,
 }
 _MERGING = ("Add", "Concatenate")
+_OPERATIONS = "keras.src.ops.numpy"
+_OPERATION_CLASSES = ("Add",)
+"""Where Keras 3 says that `x + y` comes from: built as the layer of that name."""
 # What Keras 2 called it.
 _RENAMED = {("LeakyReLU", "alpha"): "negative_slope"}
 
@@ -423,7 +426,8 @@ def _entry(raw: object) -> _Entry:
             f"{who} of module {show(layer.get('module'))} is not a layer that Stripwire loads: a class outside its "
             f"list may run code or read files. Expected only {', '.join(_SETTINGS)}; ask for the model without it"
         )
-    if layer.get("module") not in (None, "keras.layers") or layer.get("registered_name") not in (None, class_name):
+    modules = (None, "keras.layers", *([_OPERATIONS] if class_name in _OPERATION_CLASSES else []))
+    if layer.get("module") not in modules or layer.get("registered_name") not in (None, class_name):
         raise ModelRefusedError(
             f"{who} says module {show(layer.get('module'))}, registered_name {show(layer.get('registered_name'))}; "
             "expected a layer of keras.layers: custom classes need their author's code, which Stripwire does not run"
@@ -564,6 +568,8 @@ def _sources(entry: _Entry) -> tuple[str, ...]:
         match node.get("args"):
             case [[*tensors]] | [dict() as tensors]:
                 tensors = tensors if isinstance(tensors, list) else [tensors]
+            case [dict() as one, dict() as other] if entry.class_name in _OPERATION_CLASSES:  # one + other
+                tensors = [one, other]
             case args:
                 raise ModelRefusedError(f"{what} has args {show(args)}; expected one tensor or one list of them")
         histories = [_mapping(_mapping(item, what).get("config"), what).get("keras_history") for item in tensors]

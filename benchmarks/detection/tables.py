@@ -117,7 +117,11 @@ def _repair_table(results: Results) -> str:
     lines = ["| case | repair | clean accuracy | attack | attack success | recovered accuracy | minutes |"]
     lines.append("|---|---|---|---|---|---|---|")
     for case, result in results.items():
-        for repair, rates in {"as received": result["received"], **result.get("repairs", {})}.items():
+        repairs = {"as received": result["received"]}
+        for repair, rates in result.get("repairs", {}).items():
+            kept = {"as received": " (kept nothing)", "bounded": " (kept the bounds)" * (repair != "bounds")}
+            repairs[repair + kept.get(rates["kept"], "")] = rates
+        for repair, rates in repairs.items():
             minutes = f"{rates['seconds'] / 60:.0f}" if "seconds" in rates else ""
             for trigger, attack in rates.items():
                 if isinstance(attack, dict) and "attack_success" in attack:

@@ -79,7 +79,7 @@ def _guard(data: ReportData) -> str | None:
     consensus = "" if data.calibration.detector == "consensus" else "--detector consensus, "
     return (
         f"The guard lets {accepted} of the attack samples pass (FAR): do not rely on it against this trigger. Try "
-        f"{consensus}other overlays (--overlay-choice, --overlays), or a higher --target-frr."
+        f"{consensus}another --alpha, other overlays (--seed, --overlays), or a higher --target-frr."
     )
 
 

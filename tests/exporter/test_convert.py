@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 import onnx
 import pytest
 
-from detector.errors import ExportError
+from detector.errors import ExportError, ModelRefusedError
 from exporter.convert import (
     IR_VERSION,
     OPSET,
@@ -78,11 +80,12 @@ def test_a_network_without_probabilities_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "layer",
-    [keras.layers.Conv2D(6, 3, groups=3), keras.layers.Conv2D(4, 3, activation="gelu")],
+    ("settings", "named"),
+    [({"groups": 3}, "with groups 3"), ({"activation": "gelu"}, "with the activation gelu")],
     ids=["grouped", "gelu"],
 )
-def test_what_has_no_onnx_form_is_named(layer: keras.layers.Layer) -> None:
+def test_what_has_no_onnx_form_is_named(settings: dict[str, Any], named: str) -> None:
+    layer = keras.layers.Conv2D(6, 3, name="culprit", **settings)
     layers = [keras.Input((8, 7, 3)), layer, keras.layers.Flatten(), keras.layers.Dense(5, "softmax")]
-    with pytest.raises(ExportError, match="cannot be converted to ONNX"):
+    with pytest.raises(ModelRefusedError, match=rf"expected a network without layer 'culprit' {named}"):
         to_onnx(keras.Sequential(layers))

@@ -389,6 +389,29 @@ def test_a_layer_outside_the_allow_list_is_refused_by_name(
         load_model(path)
 
 
+@pytest.mark.parametrize("suffix", [".h5", ".keras"])
+def test_a_sum_that_is_written_with_a_plus_is_the_layer_of_that_name(suffix: str, tmp_path: Path) -> None:
+    pixels = keras.Input((8, 7, 3))
+    features = layers.Conv2D(3, 3, padding="same", activation="relu")(pixels) + pixels
+    features = keras.ops.add(layers.Conv2D(3, 3, padding="same")(features), features)
+    model = keras.Model(pixels, layers.Dense(5, activation="softmax")(layers.Flatten()(features)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save(tmp_path / f"net{suffix}")
+    loaded = load_model(tmp_path / f"net{suffix}")
+    images = np.random.default_rng(0).random((4, 8, 7, 3), np.float32)
+    np.testing.assert_allclose(loaded(images), model(images), atol=1e-6)
+    assert sum(isinstance(layer, layers.Add) for layer in loaded.layers) == 2
+
+
+def test_a_sum_with_a_number_is_refused(tmp_path: Path) -> None:
+    pixels = keras.Input((8, 7, 3))
+    model = keras.Model(pixels, layers.Dense(5, activation="softmax")(layers.Flatten()(pixels + 1.0)))
+    model.save(tmp_path / "net.keras")
+    with pytest.raises(ModelRefusedError, match=r"inbound_nodes of layer 'add.*' \(Add\) has args .* expected"):
+        load_model(tmp_path / "net.keras")
+
+
 SLOTS: dict[str, Callable[[Config, Config], object]] = {
     "layer": lambda config, trap: config["config"]["layers"].insert(1, trap),
     "model": lambda _, trap: trap,
