@@ -246,6 +246,21 @@ def test_what_makes_no_sense_is_refused_before_tensorflow_is_loaded(
     assert refused.stdout == "[]\n"
 
 
+def test_ctrl_c_ends_a_command_with_status_130(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "face.png").touch()
+    monkeypatch.setattr(stripwire, "connect", interrupted)
+    monkeypatch.setattr(sys, "argv", ["stripwire", "classify", str(tmp_path / "face.png")])
+    with pytest.raises(SystemExit) as ended:
+        stripwire.main()
+    assert ended.value.code == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def kinds(error: type[StripwireError]) -> Iterator[type[StripwireError]]:
     yield error
     for kind in error.__subclasses__():

@@ -91,13 +91,15 @@ def tables(results: Results) -> str:
     costs = ", ".join(f"{detector} {count}" for detector, count in passes.items())
     return "\n\n".join(
         [
-            _repair_table(results),
+            _repair_table({name: result for name, result in results.items() if CASES[name].whole}),
             f"Forward passes for an input, beside the one of the network that is served: {costs}.",
             _matrix("AUROC", calibrated, lambda row: f"{row.figures['auroc']:.3f}"),
             *(_target_table(calibrated, target) for target in TARGETS),
             _fixed_table(found),
             *(_weights_table(results, detector) for detector in DETECTORS),
             _choice_table(results),
+            "What repairs leave of the attacks of the other cases",
+            _repair_table({name: result for name, result in results.items() if not CASES[name].whole}),
             *swept,
         ]
     )
