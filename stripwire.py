@@ -274,7 +274,7 @@ def export(
     calibration_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("calibration"))] = None,
     validation_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("validation"))] = None,
     selection_images: Annotated[
-        Path | None, typer.Option(exists=True, help=_PART.format("the greedy choice of overlays"))
+        Path | None, typer.Option(exists=True, help=_PART.format("choosing overlays greedily"))
     ] = None,
     repair_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("repair"))] = None,
     resize: Annotated[bool, typer.Option("--resize", help="Resize images to what the model takes.")] = False,
@@ -322,7 +322,9 @@ def export(
     early_exit: Annotated[
         bool,
         typer.Option(
-            " /--no-early-exit", help="Of fused: make all perturbations also where the input is certain to be accepted."
+            " /--no-early-exit",
+            help="Of fused: make all perturbations also where the input is certain to be accepted.",
+            show_default=False,
         ),
     ] = True,
     seed: Seed = 0,
@@ -401,9 +403,13 @@ def export(
     console.print(
         f"Threshold {thresholds(calibration)}, from {calibration.images} clean images: {rejections(calibration)}."
     )
+    say(blends(result.provenance["options"]))
     say(detection(result))
     say(f"Version {result.version} written to {output}; all about it in {result.report}. Next:")
     command("serve", output)
+    if result.version != "1":
+        say("A server that is running goes on with the version before, until:")
+        command("reload", output, "--url", "127.0.0.1:8001")
 
 
 @app.command(epilog="Example: [bold]stripwire serve repository --grpc-port 8001 --mode shadow[/bold]")
@@ -488,10 +494,13 @@ def calibrate(
         ),
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(help="Weight of the input in the blend.", show_default="as it is")
+        float | None,
+        typer.Option(
+            help="Weight of the input in the blend.", show_default="as it is; of another detector, what export has"
+        ),
     ] = None,
     overlay_choice: Annotated[
-        OverlayChoice, typer.Option(help="greedy chooses overlays that keep the lowest clean entropies high.")
+        OverlayChoice, typer.Option(help="Chance, or the best of a pool; whatever it was before.")
     ] = "random",
     keep_overlays: Annotated[
         bool, typer.Option("--keep-overlays", help="Keep overlays and alpha: only the threshold is new.")
@@ -541,6 +550,7 @@ def calibrate(
         f"Threshold {result.base_threshold_bits:.4f} -> {thresholds(calibration)}; of {calibration.images} clean "
         f"images it rejects {calibration.calibration_frr:.1%}: {rejections(calibration)}."
     )
+    say(blends(result.provenance["options"], kept=keep_overlays))
     say(f"Version {result.version}, written to {repository}, is active in place of {result.base}.")
     tell_how_to_switch(repository, served)
 
@@ -719,6 +729,13 @@ def tell_about_badnet(title: str, trained: BadNet) -> None:
     command("export", folder / MODEL_FILE, "--clean", folder / VALIDATION_FILE, "--output", "repository")
 
 
+def blends(options: Mapping[str, Any], *, kept: bool = False) -> str:
+    """Say what an input is blended with, given the options of a manifest."""
+    how = "kept" if kept else {"random": "chosen at random", "greedy": "chosen greedily"}[options["overlay_choice"]]
+    count = "1 overlay" if options["overlays"] == 1 else f"{options['overlays']} overlays"
+    return f"Each input is blended with {count}, {how}, and weighs {options['alpha']:g}."
+
+
 def rejections(calibration: Calibration) -> str:
     """Say how many clean inputs are rejected, and what that rests on."""
     rates = f"{calibration.frr_low:.1%} to {calibration.frr_high:.1%} (95 %)"
@@ -759,10 +776,10 @@ def repair_table(result: Export) -> Table:
 def scores_table(result: Export) -> Table:
     """Return the table of how the network does, and of what the repair did to it if one was asked for."""
     networks = {"as it came": result.before}
-    title = "The network, on the validation part"
+    title = "The network; clean accuracy is on the validation part"
     if len(result.repair.steps) > 1:
         networks["repaired"] = result.after
-        title = "What the repair did, on the validation part, which chose it"
+        title = "What the repair did; clean accuracy is on the validation part, which chose it"
     table = Table(title=f"{title}\n{_CAPTION}")
     table.add_column("", no_wrap=True)
     for heading in ("clean accuracy", "attack success", "recovered accuracy"):

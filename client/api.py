@@ -548,7 +548,8 @@ class GuardedClient:
                 "does: is this its gRPC port, and does it ask for TLS, or not?"
             )
         elif kind is DeadlineExceededError:
-            message = f"model {model!r} did not answer within {self._timeout_seconds:g} s; allow it more time"
+            waited = f"{self._timeout_seconds:g} s"
+            message = f"model {model!r} did not answer within {waited}; allow it more time (--timeout)"
         elif kind is RequestRejectedError:
             message = f"model {model!r} refused the request: {said}"
         elif kind is AccessDeniedError:

@@ -99,8 +99,8 @@ class ModelControl:
         old, old_models, identity = self.served()
         if versions.get(old, {}).get("identity") != identity:
             raise ServerError(
-                f"the server serves version {old} of another repository than this one, expected one of versions "
-                f"{', '.join(versions)} of this; the server was not touched. Is the address right?"
+                f"the server serves another repository (its version {old}), and was not touched; expected one that "
+                "serves this repository. Is the address right?"
             )
         if old == version:
             return False

@@ -119,9 +119,12 @@ class ThresholdRule:
         if self.detector not in DETECTORS:
             raise InputError(f"detector: got {self.detector!r}, expected one of {', '.join(DETECTORS)}")
         if self.detector == "consensus" and not self._by_order:
+            given = (
+                f"calibration method {self.method}" if self.threshold_bits is None else "a threshold (--threshold-bits)"
+            )
             raise InputError(
-                f"detector: got consensus with calibration method {self.method or 'fixed'}, expected quantile, which "
-                "alone keeps a false rejection rate that two thresholds share"
+                f"detector: got consensus with {given}, expected the calibration method quantile, which alone keeps a "
+                "false rejection rate that two thresholds share"
             )
 
     @property

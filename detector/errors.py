@@ -41,7 +41,7 @@ class RepositoryError(InputError):
     """A model repository is missing, incomplete or was altered."""
 
 
-class CalibrationError(StripwireError):
+class CalibrationError(InputError):
     """The clean sample cannot support what was asked of it."""
 
 

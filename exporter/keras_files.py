@@ -151,7 +151,9 @@ def _load_archive(stream: BinaryIO) -> keras.Model:
     stream.seek(-min(stream.seek(0, io.SEEK_END), 42), io.SEEK_END)
     tail = stream.read()
     if tail[-22:-18] != b"PK\x05\x06" or tail[:4] == b"PK\x06\x07" or int.from_bytes(tail[-10:-6], "little") > 2**12:
-        raise ModelRefusedError("its table of contents is missing, or too long for the three members of a .keras file")
+        raise ModelRefusedError(
+            "its table of contents is missing, or too long for the three members of a .keras file; is it complete?"
+        )
     with zipfile.ZipFile(stream) as archive, tempfile.TemporaryFile() as weights:
         members = {info.filename: info for info in archive.infolist()}
         if sorted(members) != sorted(_MEMBERS) or len(archive.infolist()) != len(members):

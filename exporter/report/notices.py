@@ -65,10 +65,11 @@ def _attack(data: ReportData) -> str | None:
         return None
     if not data.tried:
         return f"The attack succeeds on {success} of the attack samples. Try a --repair, with clean data to learn from."
+    longer = "more --epochs, " if any(step.name.startswith("epoch") for step in data.steps) else ""
     return (
         f"The attack still succeeds on {success} of the attack samples; the goal is less than "
-        f"{percent(data.attack_success_goal)}. The backdoor is not closed. Try more --epochs, more clean data, or "
-        "another --repair."
+        f"{percent(data.attack_success_goal)}. The backdoor is not closed. Try {longer}more clean data, or another "
+        "--repair."
     )
 
 

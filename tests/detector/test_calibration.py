@@ -146,7 +146,7 @@ def test_consensus_needs_an_image_for_each_of_its_thresholds() -> None:
     [
         ({"detector": "luck"}, "detector: got 'luck', expected one of strip, consensus"),
         ({"detector": "consensus", "method": "normal"}, "detector: got consensus with calibration method normal"),
-        ({"detector": "consensus", "threshold_bits": 0.5}, "detector: got consensus with calibration method fixed"),
+        ({"detector": "consensus", "threshold_bits": 0.5}, "detector: got consensus with a threshold"),
     ],
 )
 def test_a_detector_that_cannot_be_calibrated_so_is_refused(rule: dict[str, Any], message: str) -> None:
