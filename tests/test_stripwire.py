@@ -374,7 +374,7 @@ def test_where_nothing_is_repaired_nothing_is_said_of_a_repair(
     said = capsys.readouterr()
     assert "warning: Nothing was repaired, as asked" in " ".join(said.err.split())
     shown = " ".join(said.out.split())
-    assert "The network, on the validation part" in shown
+    assert "The network; clean accuracy is on the validation part" in shown
     assert "FAR) is not known without --attack" in shown
     assert "the repair" not in shown
     assert "Repair (" not in shown

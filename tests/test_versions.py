@@ -195,7 +195,7 @@ def test_a_repository_that_the_server_does_not_serve_is_refused_before_anything_
     with EmbeddedTriton(repository) as server, controlling(server) as control:
         log = server.server_log()
         activate(repository, "2")  # so that the server could not even go back by its files
-        refused = pytest.raises(ServerError, match="serves version 1 of another repository than this one, expected")
+        refused = pytest.raises(ServerError, match=r"serves another repository \(its version 1\), and was not touched")
         with refused:  # at the version number that the server has
             switch_to_active(control, stranger)
         write_recalibration(stranger, "1", recalibrated(4, ACCEPTS_ALL))
