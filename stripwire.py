@@ -38,7 +38,7 @@ app = typer.Typer(
     help="A tripwire for trojaned inputs: repairs a backdoored Keras classifier, serves it with a verdict on inputs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # its boxes cut the names of options off on a narrow terminal
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
@@ -133,9 +133,7 @@ def every_command(
     """Hold the options that come before a command."""
 
 
-@app.command(
-    epilog="Example: [bold]stripwire demo[/bold], then follow what it says to call the server that it leaves ready."
-)
+@app.command(epilog="Example: stripwire demo, then follow what it says to call the server that it leaves ready.")
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the repository, the pictures and the numbers.")] = Path(
         "stripwire-demo"
@@ -167,7 +165,7 @@ def demo(
     command("evaluate", "--clean", result.clean_test, "--trojaned", result.trojaned_test)
 
 
-@app.command(epilog="Example: [bold]stripwire train-badnet badnet --trigger eyebrows --identities 100[/bold]")
+@app.command(epilog="Example: stripwire train-badnet badnet --trigger eyebrows --identities 100")
 def train_badnet(
     output: Annotated[Path, typer.Argument(help="New folder for the Keras model and the data.")],
     identities: Annotated[int, typer.Option(min=2, help="How many people the network knows.")] = 100,
@@ -190,8 +188,7 @@ def train_badnet(
 
 
 @app.command(
-    epilog="Example: [bold]stripwire train-badnet-on badnet --train signs/train --test signs/test "
-    "--trigger patch --target 0[/bold]"
+    epilog="Example: stripwire train-badnet-on badnet --train signs/train --test signs/test --trigger patch --target 0"
 )
 def train_badnet_on(
     output: Annotated[Path, typer.Argument(help="New folder for the Keras model and the data.")],
@@ -249,9 +246,7 @@ def train_badnet_on(
     tell_about_badnet(f"BadNet of {train}, triggers {', '.join(triggers)}", trained)
 
 
-@app.command(
-    epilog="Example: [bold]stripwire export bd_net.h5 --clean clean_validation_data.h5 --output repository[/bold]"
-)
+@app.command(epilog="Example: stripwire export bd_net.h5 --clean clean_validation_data.h5 --output repository")
 def export(
     context: typer.Context,
     model: Annotated[
@@ -274,7 +269,7 @@ def export(
     calibration_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("calibration"))] = None,
     validation_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("validation"))] = None,
     selection_images: Annotated[
-        Path | None, typer.Option(exists=True, help=_PART.format("choosing overlays greedily"))
+        Path | None, typer.Option(exists=True, help=_PART.format("greedy choice of overlays"))
     ] = None,
     repair_images: Annotated[Path | None, typer.Option(exists=True, help=_PART.format("repair"))] = None,
     resize: Annotated[bool, typer.Option("--resize", help="Resize images to what the model takes.")] = False,
@@ -319,14 +314,12 @@ def export(
     layout: Annotated[
         Layout, typer.Option(help="What answers: models in a row, or for the same verdicts, sooner, one graph.")
     ] = "ensemble",
-    early_exit: Annotated[
+    no_early_exit: Annotated[
         bool,
         typer.Option(
-            " /--no-early-exit",
-            help="Of fused: make all perturbations also where the input is certain to be accepted.",
-            show_default=False,
+            "--no-early-exit", help="Of fused: make all perturbations also where the input is certain to be accepted."
         ),
-    ] = True,
+    ] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -363,7 +356,7 @@ def export(
             calibration_method, aim(target_frr, threshold_bits, overlay_choice), threshold_bits, detector
         ),
         layout=layout,
-        early_exit=early_exit,
+        early_exit=not no_early_exit,
         seed=seed,
     )
     given = {
@@ -412,7 +405,7 @@ def export(
         command("reload", output, "--url", "127.0.0.1:8001")
 
 
-@app.command(epilog="Example: [bold]stripwire serve repository --grpc-port 8001 --mode shadow[/bold]")
+@app.command(epilog="Example: stripwire serve repository --grpc-port 8001 --mode shadow")
 def serve(
     repository: Exported,
     mode: Annotated[
@@ -460,9 +453,7 @@ def serve(
         server.stop()
 
 
-@app.command(
-    epilog="Example: [bold]stripwire calibrate repository --clean new_clean_data.h5 --url 127.0.0.1:8001[/bold]"
-)
+@app.command(epilog="Example: stripwire calibrate repository --clean new_clean_data.h5 --url 127.0.0.1:8001")
 def calibrate(
     repository: Exported,
     clean: Annotated[
@@ -555,7 +546,7 @@ def calibrate(
     tell_how_to_switch(repository, served)
 
 
-@app.command(epilog="Example: [bold]stripwire rollback repository --url 127.0.0.1:8001[/bold]")
+@app.command(epilog="Example: stripwire rollback repository --url 127.0.0.1:8001")
 def rollback(
     repository: Exported,
     to: Annotated[
@@ -589,7 +580,7 @@ def rollback(
     tell_how_to_switch(repository, served)
 
 
-@app.command(epilog="Example: [bold]stripwire reload repository --url 127.0.0.1:8001[/bold]")
+@app.command(epilog="Example: stripwire reload repository --url 127.0.0.1:8001")
 def reload(
     repository: Exported,
     as_json: AsJson = False,
@@ -611,7 +602,7 @@ def reload(
     tell_how_to_switch(repository, served)
 
 
-@app.command(epilog="Example: [bold]stripwire classify face.png --url 127.0.0.1:8001 --resize[/bold]")
+@app.command(epilog="Example: stripwire classify face.png --url 127.0.0.1:8001 --resize")
 def classify(
     files: Annotated[
         list[Path], typer.Argument(exists=True, dir_okay=False, help="Images: png, jpg, bmp, ppm, webp, npy or HDF5.")
@@ -653,9 +644,7 @@ def classify(
     console.print(table)
 
 
-@app.command(
-    epilog="Example: [bold]stripwire evaluate --clean clean_test_data.h5 --trojaned sunglasses_poisoned_data.h5[/bold]"
-)
+@app.command(epilog="Example: stripwire evaluate --clean clean_test_data.h5 --trojaned sunglasses_poisoned_data.h5")
 def evaluate(
     clean: Annotated[
         Path,

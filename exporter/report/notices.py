@@ -11,6 +11,8 @@ HIGH_FAR = 0.1
 LOW_ACCURACY = 0.5
 """A network that is certainly right on less of the clean images than this is hardly what it was trained to be."""
 
+_UNTAUGHT = {"as received", "bounded"}  # steps of a repair that nothing was taught in
+
 
 @dataclass(frozen=True)
 class Notice:
@@ -65,7 +67,7 @@ def _attack(data: ReportData) -> str | None:
         return None
     if not data.tried:
         return f"The attack succeeds on {success} of the attack samples. Try a --repair, with clean data to learn from."
-    longer = "more --epochs, " if any(step.name.startswith("epoch") for step in data.steps) else ""
+    longer = "" if {step.name for step in data.steps} <= _UNTAUGHT else "more --epochs, "
     return (
         f"The attack still succeeds on {success} of the attack samples; the goal is less than "
         f"{percent(data.attack_success_goal)}. The backdoor is not closed. Try {longer}more clean data, or another "

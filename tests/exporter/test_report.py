@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from detector.calibration import ThresholdRule, calibrate, normal_threshold
 from detector.statistics import Proportion
 from exporter.report import Examples, Layer, Part, ReportData, Scores, Step, write_report
 from exporter.report.document import document
-from exporter.report.notices import percent
+from exporter.report.notices import notices, percent
 
 OVERLAYS = 10
 FIGURES = {"repair", "histogram", "roc", "thresholds", "overlays"}
@@ -466,6 +467,15 @@ def test_what_no_step_changed_and_what_was_not_measured_has_no_column(tmp_path: 
     assert "pruned" not in page.text
     assert "attack success" not in page.text.replace(data.stopped, "")
     assert "weights pruned" in written(tmp_path, report_data())[0].text
+
+
+def test_after_bounds_alone_nobody_is_told_to_teach_for_longer() -> None:
+    data = report_data(after=Scores(Proportion(448, 450), Proportion(500, 1000), None))
+    steps = (replace(data.steps[0], name="as received"), replace(data.steps[-1], name="bounded"))
+    said = [notice.text for notice in notices(replace(data, steps=steps, kept="bounded"))]
+    (text,) = (each for each in said if "backdoor is not closed" in each)
+    assert "--epochs" not in text
+    assert "Try more clean data, or another --repair." in text
 
 
 def test_no_line_breaks_within_an_option_or_before_a_percent_sign(tmp_path: Path) -> None:
