@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
 import keras
 import numpy as np
+import onnxruntime
 import typer
 
 from benchmarks.gtsrb import read_gtsrb
@@ -23,6 +25,8 @@ from exporter.badnet import (
     cached_picture_badnet,
     trojaned_file,
 )
+from exporter.convert import sentinel_graph, to_onnx
+from exporter.entropies import OnProgress, open_graph
 from exporter.keras_files import load_model
 from exporter.preprocessing import Preprocessing
 from exporter.repair import REPAIRS
@@ -44,8 +48,7 @@ JOINED = ("bounds", "distill")
 """Repairs that are joined with the detector `consensus`."""
 SEEDS = (0, 1, 2)
 
-Report = Callable[[str, int, int], None]
-Load = Callable[[Path | None, Report], "Material"]
+Load = Callable[[Path | None, OnProgress], "Material"]
 
 PLANS: MappingProxyType[str, Plan] = MappingProxyType(
     {
@@ -96,6 +99,11 @@ class Material:
     sweep: bool = False
     folder: Path | None = None
 
+    @cached_property
+    def sentinel(self) -> onnxruntime.InferenceSession:
+        """The network as it is served, to be asked about blends."""
+        return open_graph(sentinel_graph(to_onnx(self.model), self.preprocessing).SerializeToString())
+
 
 @dataclass(frozen=True)
 class Case:
@@ -115,7 +123,7 @@ class Case:
     seed: int = 0
     whole: bool = False
 
-    def material(self, data: Path | None, report: Report) -> Material:
+    def material(self, data: Path | None, report: OnProgress) -> Material:
         """Return what it is measured on."""
         found = self.load(data, report)
         if not self.whole:
@@ -132,7 +140,7 @@ def faces(identities: int, attack: str, seed: int = 0) -> Load:
         # A faint veil takes longer to learn.
         options = replace(options, test_images=FACES_A_PERSON, epochs=10 if attack.startswith("blended") else 6)
 
-    def load(_: Path | None, report: Report) -> Material:
+    def load(_: Path | None, report: OnProgress) -> Material:
         # Trojaned faces are drawn by themselves: none is made of one that calibrates.
         folder = cached_badnet(options, on_progress=report).folder
         return _trained(folder, attacks, lambda _, trojaned: trojaned)
@@ -145,7 +153,7 @@ def signs(attack: str, network: str = "convnet") -> Load:
     attacks = PLANS[attack]
     options = PictureBadNetOptions(attacks=attacks, network=network)
 
-    def load(data: Path | None, report: Report) -> Material:
+    def load(data: Path | None, report: OnProgress) -> Material:
         train, test = read_gtsrb(_given(data) / "gtsrb32")
         folder = cached_picture_badnet(train, test, options, on_progress=report).folder
         classes = int(train.labels.max()) + 1
@@ -162,7 +170,7 @@ def csaw(weights: str, scale: str) -> Load:
     Detectors, which blend ten overlays, calibrate on the other 22 as well: that makes 99, just enough for 1 %.
     """
 
-    def load(data: Path | None, _: Report) -> Material:
+    def load(data: Path | None, _: OnProgress) -> Material:
         folder = _given(data) / "csaw"
         clean, trojaned = read_hdf5(folder / "clean.h5"), read_hdf5(folder / "sunglasses_poisoned.h5")
         order = np.random.default_rng(SEED).permutation(len(clean))

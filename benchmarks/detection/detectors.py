@@ -17,7 +17,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from benchmarks.detection.art_strip import art_entropies
-from benchmarks.detection.cases import OVERLAYS, SEED, TARGETS, Material, Report, some
+from benchmarks.detection.cases import OVERLAYS, SEED, TARGETS, Material, some
 from benchmarks.detection.scale_up import FACTORS, THRESHOLD, consistency, scaled_labels, standardized
 from detector.calibration import ALPHAS, STRIP_SHARE, least_images
 from detector.conformal import Floats, Regions, peel
@@ -25,8 +25,7 @@ from detector.consensus import is_disputed
 from detector.scores import score_bits
 from detector.statistics import Proportion, auroc
 from detector.strip import is_trojaned, perturbation_entropies_bits
-from exporter.convert import sentinel_graph, to_onnx
-from exporter.entropies import entropy_matrix, measure_nlls, open_graph
+from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, open_graph
 
 COUNT = OVERLAYS[0]
 REPORTS_BITS = 0.5
@@ -46,8 +45,8 @@ class Measured:
         report: told what is going on.
     """
 
-    def __init__(self, material: Material, images: int, report: Report) -> None:
-        self.session = open_graph(sentinel_graph(to_onnx(material.model), material.preprocessing).SerializeToString())
+    def __init__(self, material: Material, images: int, report: OnProgress) -> None:
+        self.session = material.sentinel
         self.report = report
         self.split = material.split
         judged = {CLEAN: material.judged_clean, **material.judged_trojaned}

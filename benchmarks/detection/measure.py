@@ -13,16 +13,18 @@ from typing import Any
 import keras
 import numpy as np
 
-from benchmarks.detection.cases import JOINED, OVERLAYS, SEED, TARGETS, Material, Report
+from benchmarks.detection.cases import JOINED, OVERLAYS, SEED, TARGETS, Material
 from benchmarks.detection.detectors import Measured, compared, judge
 from benchmarks.detection.sweeps import ALPHAS, blend_sweep, strip_sweep
+from benchmarks.files import write_whole
 from exporter.convert import repaired_graph, to_onnx
+from exporter.entropies import OnProgress
 from exporter.repair import RepairOptions, repair_network
 from exporter.training import score
 from samples.types import Samples
 
 
-def measure(material: Material, file: Path, *, images: int, only: tuple[str, ...] = (), report: Report) -> None:
+def measure(material: Material, file: Path, *, images: int, only: tuple[str, ...] = (), report: OnProgress) -> None:
     """Measure what is not yet in a case's file: repairs, and then detectors, with the networks that came of them.
 
     Args:
@@ -61,7 +63,7 @@ def measure(material: Material, file: Path, *, images: int, only: tuple[str, ...
             _save(file, results)
 
 
-def _measure_repair(material: Material, method: str, results: dict[str, Any], report: Report) -> None:
+def _measure_repair(material: Material, method: str, results: dict[str, Any], report: OnProgress) -> None:
     """Repair, unless that is known and the network that came of it is at hand."""
     options = RepairOptions(method=method, seed=SEED)
     known = results.setdefault("repairs", {}).get(method, {})
@@ -79,7 +81,7 @@ def _measure_repair(material: Material, method: str, results: dict[str, Any], re
     )
     seconds = round(time.perf_counter() - started)
     graph = repaired_graph(to_onnx(repaired.model), material.preprocessing)
-    _write(kept, graph.SerializeToString())
+    write_whole(kept, graph.SerializeToString())
     # What was found out with the network of before is not true of this one.
     results.setdefault("detectors", {}).pop(f"consensus + {method}", None)
     results["repairs"][method] = {
@@ -119,12 +121,4 @@ def _fingerprint(model: keras.Model) -> str:
 
 
 def _save(file: Path, results: dict[str, Any]) -> None:
-    _write(file, (json.dumps(results, indent=1) + "\n").encode())
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write a file, which appears whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".partial")
-    part.write_bytes(content)
-    part.replace(file)
+    write_whole(file, (json.dumps(results, indent=1) + "\n").encode())

@@ -7,15 +7,14 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.detection.cases import OVERLAYS, TARGETS, Material, Report, some
+from benchmarks.detection.cases import OVERLAYS, TARGETS, Material, some
 from benchmarks.detection.detectors import errors_of, rejects
 from detector.calibration import ALPHAS as DEFAULT_ALPHAS
 from detector.calibration import least_images, quantile_rank
 from detector.conformal import DETECTORS, Floats, peel
 from detector.scores import score_bits
 from detector.statistics import auroc
-from exporter.convert import sentinel_graph, to_onnx
-from exporter.entropies import entropy_matrix, open_graph
+from exporter.entropies import OnProgress, entropy_matrix
 from exporter.overlays import choose_greedily
 
 ALPHAS = (0.5, 0.7)
@@ -32,7 +31,7 @@ _POOL, _SELECTION = 64, 256
 Rows: TypeAlias = list[dict[str, Any]]
 
 
-def strip_sweep(material: Material, images: int, report: Report) -> Rows:
+def strip_sweep(material: Material, images: int, report: OnProgress) -> Rows:
     """Return AUROC, FAR and FRR for each of `ALPHAS`, number of overlays, target and trigger.
 
     Args:
@@ -40,17 +39,16 @@ def strip_sweep(material: Material, images: int, report: Report) -> Rows:
         images: at most so many clean and trojaned ones are judged.
         report: told what is going on.
     """
-    session = open_graph(sentinel_graph(to_onnx(material.model), material.preprocessing).SerializeToString())
     overlays = material.split.overlays.images
     judged = {trigger: some(part, images).images for trigger, part in material.trojaned.items()}
     rows = []
     for alpha in ALPHAS:
         calibration, clean = (
-            entropy_matrix(session, part.images, overlays, alpha, report)
+            entropy_matrix(material.sentinel, part.images, overlays, alpha, report)
             for part in (material.split.calibration, some(material.clean, images))
         )
         for trigger, part in judged.items():
-            trojaned = entropy_matrix(session, part, overlays, alpha, report)
+            trojaned = entropy_matrix(material.sentinel, part, overlays, alpha, report)
             for count in (count for count in OVERLAYS if count <= len(overlays)):
                 means = [score_bits(matrix[:, :count], "strip") for matrix in (calibration, clean, trojaned)]
                 row = {"alpha": alpha, "overlays": count, "trigger": trigger, "auroc": auroc(-means[1], -means[2])}
@@ -58,7 +56,7 @@ def strip_sweep(material: Material, images: int, report: Report) -> Rows:
     return rows
 
 
-def blend_sweep(material: Material, report: Report) -> Rows:
+def blend_sweep(material: Material, report: OnProgress) -> Rows:
     """Return FAR, FRR and threshold of both detectors for each of `WEIGHTS`, and for overlays that are chosen greedily.
 
     The detectors do without a repaired network, and have ten overlays. Greedily, ten of 64 are chosen for each
@@ -68,7 +66,6 @@ def blend_sweep(material: Material, report: Report) -> Rows:
         material: the case.
         report: told what is going on.
     """
-    session = open_graph(sentinel_graph(to_onnx(material.model), material.preprocessing).SerializeToString())
     count, pool = OVERLAYS[0], material.split.overlays.images[:_POOL]
     clean = (material.calibration, material.judged_clean)
     known = [some(part, SWEPT_IMAGES).images for part in clean]
@@ -76,7 +73,10 @@ def blend_sweep(material: Material, report: Report) -> Rows:
 
     def rows(choice: str, alpha: float, overlays: NDArray[np.uint8], detectors: tuple[str, ...]) -> Rows:
         of_known, of_trojaned = (
-            [entropy_matrix(session, part, overlays, alpha, report, f"Blending at {alpha:g}") for part in parts]
+            [
+                entropy_matrix(material.sentinel, part, overlays, alpha, report, f"Blending at {alpha:g}")
+                for part in parts
+            ]
             for parts in (known, trojaned.values())
         )
         found = []
@@ -92,7 +92,7 @@ def blend_sweep(material: Material, report: Report) -> Rows:
         by = some(material.split.calibration, _SELECTION).images
         for detector in DETECTORS:
             alpha = DEFAULT_ALPHAS[detector]
-            matrix = entropy_matrix(session, by, pool, alpha, report, "Comparing overlays")
+            matrix = entropy_matrix(material.sentinel, by, pool, alpha, report, "Comparing overlays")
             chosen = choose_greedily(matrix, count, SWEPT_TARGETS[0], detector)
             found += rows("greedy", alpha, pool[chosen], (detector,))
     return found

@@ -6,8 +6,6 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,23 +14,24 @@ import numpy as np
 import psutil
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import benchmarks.speed
+from benchmarks.files import write_whole
 from benchmarks.speed.contenders import ENSEMBLE, FUSED, contenders
 from benchmarks.speed.offline import compare, vary
 from benchmarks.speed.results import draw, offline_table, served_table, targets, varied_table
 from benchmarks.speed.served import Load, blends, measure
 from benchmarks.speed.served import soak as soak_server
 from exporter.badnet import TEST_FILE, BadNetOptions, cached_badnet, trojaned_file
+from exporter.entropies import OnProgress
 from samples.hdf5 import read_hdf5
+from stripwire import progress
 
 RESULTS = Path(__file__).parents[1] / "results"
 LOADS = (*(Load(batch, callers) for batch in (1, 8, 32) for callers in (1, 4, 16)), Load(32, 1, "1 % trojaned"))
 _TROJANED_SHARE = 0.01
 
 app = typer.Typer(add_completion=False, help=benchmarks.speed.__doc__)
-Report = Callable[[str, int, int], None]
 
 
 @app.callback(invoke_without_command=True)
@@ -45,7 +44,7 @@ def run(
     """Measure everything but the soak, and print it."""
     if context.invoked_subcommand is not None:
         return
-    with _progress() as report:
+    with progress() as report:
         found = _read(output)
         found |= {"hardware": hardware(), "rounds": rounds, "seconds": seconds}
         found["offline"], found["varied"] = compare(rounds, report), vary(rounds, report)
@@ -64,7 +63,7 @@ def soak(
     """Watch the server's memory over many requests."""
     badnet = cached_badnet(BadNetOptions()).folder
     pool = read_hdf5(badnet / TEST_FILE).images
-    with _progress() as report, tempfile.TemporaryDirectory() as folder, contenders(badnet, Path(folder)) as running:
+    with progress() as report, tempfile.TemporaryDirectory() as folder, contenders(badnet, Path(folder)) as running:
         memory = {
             each.name: soak_server(each, pool, requests, callers, report)
             for each in running
@@ -95,7 +94,7 @@ def hardware() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name}, {memory:.0f} GiB, no GPU asked"
 
 
-def _served(rounds: int, seconds: float, report: Report) -> list[dict[str, Any]]:
+def _served(rounds: int, seconds: float, report: OnProgress) -> list[dict[str, Any]]:
     badnet = cached_badnet(BadNetOptions()).folder
     clean, trojaned = (read_hdf5(badnet / name).images for name in (TEST_FILE, trojaned_file("sunglasses")))
     some = trojaned[: max(1, round(len(clean) * _TROJANED_SHARE / (1 - _TROJANED_SHARE)))]
@@ -114,14 +113,6 @@ def _served(rounds: int, seconds: float, report: Report) -> list[dict[str, Any]]
     return found
 
 
-@contextmanager
-def _progress() -> Iterator[Report]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bars:
-        task = bars.add_task("")
-        yield lambda description, done, total: bars.update(task, description=description, completed=done, total=total)
-
-
 def _read(output: Path) -> dict[str, Any]:
     file = output / "speed.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -129,10 +120,7 @@ def _read(output: Path) -> dict[str, Any]:
 
 
 def _write(output: Path, found: dict[str, Any]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    part = output / "speed.partial"
-    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    part.replace(output / "speed.json")
+    write_whole(output / "speed.json", (json.dumps(found, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -23,13 +23,12 @@ from detector.scores import score_bits
 from detector.strip import perturb, perturbation_entropies_bits, weighted_overlays
 from exporter.architectures import deepid
 from exporter.convert import repaired_graph, sentinel_graph, to_onnx
-from exporter.entropies import entropy_matrix, open_graph
+from exporter.entropies import OnProgress, entropy_matrix, open_graph
 from exporter.fused import fuse
 from exporter.preprocessing import Preprocessing
 
 Way = Callable[[NDArray[np.uint8]], Any]
 """Something that is done to a batch, (batch, height, width, channels), uint8."""
-Report = Callable[[str, int, int], None]
 
 ALPHA = 0.5
 SHAPE = (55, 47, 3)
@@ -45,7 +44,7 @@ IMAGES = 64
 _SLOW_IMAGES = 2
 
 
-def compare(rounds: int, report: Report) -> dict[str, list[float]]:
+def compare(rounds: int, report: OnProgress) -> dict[str, list[float]]:
     """Return the milliseconds that an image costs in each round, by what is done to it.
 
     The network is the same for all. The published algorithm takes one image at a time and goes through the classes of
@@ -85,7 +84,7 @@ def compare(rounds: int, report: Report) -> dict[str, list[float]]:
     return times
 
 
-def vary(rounds: int, report: Report) -> dict[str, list[dict[str, float]]]:
+def vary(rounds: int, report: OnProgress) -> dict[str, list[dict[str, float]]]:
     """Return what an image costs, in units of the bare network, by number of overlays, batch and classes.
 
     Args:

@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from rich.table import Table
 
-from benchmarks.speed.contenders import BARE, CONTENDERS
+from benchmarks.speed.contenders import BARE, CONTENDERS, ENSEMBLE, FUSED, NAIVE
 
 _COLOURS = dict(zip(CONTENDERS, ("#333333", "#a8a8a8", "#9a6a2f", "#14507a", "#5aa7d6"), strict=True))
-_OURS = {"ensemble": "#9a6a2f", "fused": "#14507a"}
 
 
 def ratios(rounds: list[dict[str, dict[str, float]]], contender: str, figure: str) -> list[float]:
@@ -77,7 +76,7 @@ def varied_table(varied: dict[str, list[dict[str, float]]]) -> Table:
     table = Table("", "", "ensemble / bare", "fused / bare", title="Without a server, nothing exits early")
     for name, rows in varied.items():
         for row in rows:
-            table.add_row(name, f"{row[name]:g}", f"{row['ensemble']:.1f}", f"{row['fused']:.1f}")
+            table.add_row(name, f"{row[name]:g}", f"{row[ENSEMBLE]:.1f}", f"{row[FUSED]:.1f}")
     return table
 
 
@@ -90,14 +89,14 @@ def targets(found: dict[str, Any]) -> Table:
 
     loads = {(load["batch"], load["callers"]): load["rounds"] for load in found["served"] if load["traffic"] == "clean"}
     if (32, 1) in loads:
-        for name, most in (("fused", 6.0), ("ensemble", 14.0)):
+        for name, most in ((FUSED, 6.0), (ENSEMBLE, 14.0)):
             cost = statistics.median(ratios(loads[32, 1], name, "images_per_second"))
             row(f"{name}, batch 32: cost / bare", f"<= {most:g}", cost, cost <= most)
-        speeds = [(each["fused"], each["naive ensemble"]) for each in loads[32, 1]]
+        speeds = [(each[FUSED], each[NAIVE]) for each in loads[32, 1]]
         faster = statistics.median(own["images_per_second"] / other["images_per_second"] for own, other in speeds)
         row("fused, batch 32: throughput / naive ensemble", ">= 3", faster, faster >= 3)
     if (1, 1) in loads:
-        p50 = statistics.median(ratios(loads[1, 1], "fused", "p50_ms"))
+        p50 = statistics.median(ratios(loads[1, 1], FUSED, "p50_ms"))
         row("fused, one image: p50 / bare", "<= 6", p50, p50 <= 6)
     offline = found["offline"]
     for name, least in (("published loop, Keras", 50), ("ART, Keras", 8)):
@@ -134,8 +133,8 @@ def draw(file: Path, found: dict[str, Any]) -> None:
     above.axes[0].set_ylabel("time for an image / bare network")
     above.legend(*above.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     for axes, (name, rows) in zip(below.subplots(1, len(found["varied"])), found["varied"].items(), strict=True):
-        for way, colour in _OURS.items():
-            axes.plot([row[name] for row in rows], [row[way] for row in rows], "o-", color=colour, label=way)
+        for way in (ENSEMBLE, FUSED):
+            axes.plot([row[name] for row in rows], [row[way] for row in rows], "o-", color=_COLOURS[way], label=way)
         _finish(axes, f"by {name}, without a server and early exit", name, [row[name] for row in rows])
     below.axes[0].set_ylabel("time for an image / bare network")
     for axes in figure.get_axes():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.speed.contenders import Contender
 from client.api import GuardedClient
-
-Report = Callable[[str, int, int], None]
+from exporter.entropies import OnProgress
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,7 @@ def measure(contender: Contender, load: Load, pool: NDArray[np.uint8], seconds: 
         seconds: how long.
     """
     family = _family(contender)
-    with ExitStack() as open_clients:
-        clients = [
-            open_clients.enter_context(triton_grpc.InferenceServerClient(contender.server.grpc_address))
-            for _ in range(load.callers)
-        ]
+    with _clients(contender, load.callers) as clients:
         streams = [_requests(contender, load, pool, seed) for seed in range(load.callers)]
         for client, stream in zip(clients, streams, strict=True):
             _ask(client, contender, next(stream))
@@ -104,7 +99,7 @@ def memory_mib(contender: Contender) -> float:
     return float(sum(process.memory_full_info().uss for process in _family(contender))) / 2**20
 
 
-def soak(contender: Contender, pool: NDArray[np.uint8], requests: int, callers: int, report: Report) -> list[float]:
+def soak(contender: Contender, pool: NDArray[np.uint8], requests: int, callers: int, report: OnProgress) -> list[float]:
     """Send so many requests of one image, and return the memory in MiB after each hundredth of them.
 
     Args:
@@ -115,11 +110,7 @@ def soak(contender: Contender, pool: NDArray[np.uint8], requests: int, callers: 
         report: told how far it is.
     """
     found = []
-    with ExitStack() as open_clients:
-        clients = [
-            open_clients.enter_context(triton_grpc.InferenceServerClient(contender.server.grpc_address))
-            for _ in range(callers)
-        ]
+    with _clients(contender, callers) as clients:
         for part in range(100):
             share = requests // 100 // callers
 
@@ -133,6 +124,14 @@ def soak(contender: Contender, pool: NDArray[np.uint8], requests: int, callers: 
             found.append(memory_mib(contender))
             report(f"Soaking {contender.name}", part + 1, 100)
     return found
+
+
+@contextmanager
+def _clients(contender: Contender, count: int) -> Iterator[list[Any]]:
+    """Yield so many connections to a server."""
+    with ExitStack() as opened:
+        connect = triton_grpc.InferenceServerClient
+        yield [opened.enter_context(connect(contender.server.grpc_address)) for _ in range(count)]
 
 
 def _requests(contender: Contender, load: Load, pool: NDArray[np.uint8], seed: int) -> Iterator[list[Any]]:
