@@ -164,7 +164,7 @@ def _opinions(numbers: dict[str, Any]) -> Drawn:
     bits, nats = guard["threshold_bits"], guard["threshold_nll"]
     sentence = (
         f"An input is rejected at or left of {bits:.3f} bits, or at or above {nats:.2f} nats, where the repaired "
-        "network gives next to no probability to what the original sees. Both together reject "
+        "network gives too little probability to what the original sees. Both together reject "
         f"{percent(guard['frr']['rate'])} of clean inputs"
     )
     if guard["far"] is not None:
