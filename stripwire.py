@@ -53,7 +53,7 @@ _SURE = (
     f"the threshold is under {_NEARLY_NOTHING_BITS:g} bits: the network is so sure of whatever it is shown that STRIP "
     "has little to go by. Is it fed as it was trained (--scale, --mean, --std)? If so, see --detector consensus"
 )
-ALONE = "no repair changed the network, so there is no second one to ask: the entropy decides alone"
+ALONE = "no repair changed the network, so there is no second one to ask: the original one's answers decide alone"
 
 ReportProgress = Callable[[str, int, int], None]
 
@@ -303,7 +303,13 @@ def export(
         float | None,
         typer.Option(help="Weight of the input in the blend.", show_default="0.5 for strip, 0.7 for consensus"),
     ] = None,
-    detector: Annotated[Detector, typer.Option(help="STRIP alone, or joined by the repaired network.")] = "strip",
+    detector: Annotated[
+        Detector | None,
+        typer.Option(
+            help="All that was found to tell trojaned inputs, or STRIP alone.",
+            show_default="consensus, or strip where a threshold is given or fitted",
+        ),
+    ] = None,
     calibration_method: Annotated[
         CalibrationMethod | None, typer.Option(help="Order statistic, fitted normal distribution, or as given.")
     ] = None,
@@ -329,6 +335,8 @@ def export(
     from exporter.preprocessing import Preprocessing
     from exporter.publishing import check_writable
 
+    if detector is None:
+        detector = "consensus" if threshold_bits is None and calibration_method in (None, "quantile") else "strip"
     for name in {name for used in USED.values() for name in used}:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
@@ -462,7 +470,7 @@ def calibrate(
     resize: Annotated[bool, typer.Option("--resize", help="Resize images to what the network takes.")] = False,
     detector: Annotated[
         Detector | None,
-        typer.Option(help="STRIP alone, or joined by the repaired network.", show_default="as it is"),
+        typer.Option(help="All that was found to tell trojaned inputs, or STRIP alone.", show_default="as it is"),
     ] = None,
     target_frr: TargetFrr = None,
     threshold_bits: Annotated[
@@ -538,7 +546,7 @@ def calibrate(
         return
     calibration = result.calibration
     console.print(
-        f"Threshold {result.base_threshold_bits:.4f} -> {thresholds(calibration)}; of {calibration.images} clean "
+        f"Threshold {result.base_threshold_bits:.4g} -> {thresholds(calibration)}; of {calibration.images} clean "
         f"images it rejects {calibration.calibration_frr:.1%}: {rejections(calibration)}."
     )
     say(blends(result.provenance["options"], kept=keep_overlays))
@@ -700,8 +708,12 @@ def evaluate(
 
 def thresholds(calibration: Calibration) -> str:
     """Say what is rejected at or beyond."""
-    nll = "" if calibration.threshold_nll is None else f", or an nll of {calibration.threshold_nll:.4f} nats"
-    return f"{calibration.threshold_bits:.4f} bits{nll}"
+    texts = [f"{calibration.threshold_bits:.4g} bits"]
+    if calibration.threshold_plain_bits is not None:
+        texts.append(f"{calibration.threshold_plain_bits:.4g} bits for the input as it came")
+    if calibration.threshold_nll is not None:
+        texts.append(f"an nll of {calibration.threshold_nll:.4g} nats")
+    return ", or ".join(texts)
 
 
 def tell_about_badnet(title: str, trained: BadNet) -> None:

@@ -78,10 +78,9 @@ def run_demo(output: Path, *, identities: int, trigger: str, seed: int, on_progr
     clean_test, trojaned_test = badnet / "clean_test_data.h5", badnet / trojaned_file(trigger)
     clean, trojaned = read_hdf5(clean_test), read_hdf5(trojaned_test)
     fine_pruning = RepairOptions(method="magnitude", augment="none", epochs=0, allowed_drop=_REPORTS_DROP, seed=seed)
-    consensus = ThresholdRule(detector="consensus")
     options = {
-        "as_published": ExportOptions(repair=fine_pruning, seed=seed),
-        "repository": ExportOptions(repair=RepairOptions(seed=seed), rule=consensus, seed=seed),
+        "as_published": ExportOptions(repair=fine_pruning, rule=ThresholdRule(detector="strip"), seed=seed),
+        "repository": ExportOptions(repair=RepairOptions(seed=seed), seed=seed),
     }
     evaluations = {}
     exports = {}

@@ -7,18 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
-from detector.conformal import DETECTORS, Floats, Regions, peel
-from detector.consensus import is_disputed
+from detector.conformal import Floats, Regions, peel
 from detector.errors import CalibrationError, InputError
-from detector.scores import score_bits
+from detector.scores import DETECTORS, Evidence, Thresholds, score_bits
 from detector.statistics import Proportion, frr_range
-from detector.strip import is_trojaned
 
-STRIP_SHARE = 0.5
-"""STRIP's share of the false rejections that the consensus detector may make; see docs/detection.md."""
+SHARES = {1: (1.0,), 2: (0.5, 0.5), 3: (0.25, 0.25, 0.5)}
+"""What part of the false rejections each of so many scores may make, in the order of `Evidence`; docs/detection.md."""
 
 ALPHAS = {"strip": 0.5, "consensus": 0.7}
 """Weight of the input in the blend that each detector has by default; STRIP's is the source report's."""
@@ -38,9 +35,11 @@ class Calibration:
 
     Attributes:
         detector: one of `DETECTORS`.
-        threshold_bits: inputs whose score, see `detector.scores`, is at or under it are rejected.
-        threshold_nll: inputs whose nll, in nats, is at or over it are rejected as well; None where the repaired network
-            is not asked, by the detector `strip` and where the repair changed nothing.
+        threshold_bits: inputs whose entropies' score, see `detector.scores`, is at or under it are rejected.
+        threshold_plain_bits: so are inputs for which the entropy of the sentinel's answer to them as they came is at or
+            under it; None where that plays no part, as with the detector `strip`.
+        threshold_nll: and those whose nll, in nats, is at or over it; None where the repaired network is not asked, by
+            the detector `strip` and where the repair changed nothing.
         method: one of `METHODS`.
         target_frr: the false rejection rate asked for, 0..1; None when the threshold was given.
         calibration_frr: share of the calibration images that the threshold rejects. For `quantile` it is chosen on
@@ -54,6 +53,7 @@ class Calibration:
 
     detector: str
     threshold_bits: float
+    threshold_plain_bits: float | None
     threshold_nll: float | None
     method: str
     target_frr: float | None
@@ -69,17 +69,15 @@ class Calibration:
         """Whether the repaired network has a say."""
         return self.threshold_nll is not None
 
-    def rejects(self, entropies_bits: Floats, nlls: Floats | None = None) -> NDArray[np.bool_]:
-        """Return the verdicts on inputs, (batch,): what `detector.serving` says of the same scores.
+    @property
+    def looks_at_plain(self) -> bool:
+        """Whether the sentinel is shown each input as it came, too."""
+        return self.detector != "strip"
 
-        Args:
-            entropies_bits: scores, see `detector.scores`, (batch,).
-            nlls: (batch,), in nats; not looked at where there is no threshold for them.
-        """
-        rejected = is_trojaned(entropies_bits, self.threshold_bits)
-        if self.threshold_nll is not None:
-            rejected = rejected | is_disputed(nlls, self.threshold_nll)
-        return np.asarray(rejected)
+    @property
+    def thresholds(self) -> Thresholds:
+        """At or beyond which inputs are rejected."""
+        return Thresholds(self.threshold_bits, self.threshold_plain_bits, self.threshold_nll)
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the regions, as plain values."""
@@ -124,7 +122,7 @@ class ThresholdRule:
             )
             raise InputError(
                 f"detector: got consensus with {given}, expected the calibration method quantile, which alone keeps a "
-                "false rejection rate that two thresholds share"
+                "false rejection rate that several thresholds share"
             )
 
     @property
@@ -134,68 +132,115 @@ class ThresholdRule:
     @property
     def least_images(self) -> int:
         """How many clean calibration images it needs at least."""
-        return least_images(self.target_frr, self.detector) if self._by_order else 2
+        return least_images(self.target_frr, with_nlls=self.detector == "consensus") if self._by_order else 2
 
-    def calibrate(self, entropies_bits: Floats, nlls: Floats | None = None) -> Calibration:
+    def calibrate(
+        self, entropies_bits: Floats, plain_bits: Floats | None = None, nlls: Floats | None = None
+    ) -> Calibration:
         """Choose the thresholds on clean calibration images; see the function of each method.
 
         Args:
             entropies_bits: of each image with each overlay, (images, overlays).
-            nlls: of the images, (images,), in nats, for the detector `consensus`. None, where the repair changed
-                nothing, leaves all of the false rejection rate to the entropy: a network always agrees with itself.
+            plain_bits: of the sentinel's answers to the images as they are, (images,), for the detector `consensus`.
+            nlls: of the images, (images,), in nats, likewise. None, where the repair changed nothing, leaves all of the
+                false rejection rate to the entropies: a network always agrees with itself.
         """
         bits = score_bits(entropies_bits, self.detector)
         if self.threshold_bits is not None:
             return fixed_threshold(bits, self.threshold_bits)
         if self.method == "normal":
             return normal_threshold(bits, self.target_frr)
-        return calibrate(bits, self.target_frr, nlls if self.detector == "consensus" else None, detector=self.detector)
+        evidence = Evidence(bits) if self.detector == "strip" else Evidence(bits, plain_bits, nlls)
+        return calibrate(evidence, self.target_frr, detector=self.detector)
 
 
-def calibrate(
-    entropies_bits: Floats, target_frr: float, nlls: Floats | None = None, *, detector: str = "strip"
-) -> Calibration:
+def calibrate(evidence: Evidence, target_frr: float, *, detector: str = "strip") -> Calibration:
     """Choose thresholds whose false rejection rate is at most `target_frr` on average.
 
     They bound the largest of the regions of `detector.conformal` whose p-value is at most `target_frr`. With k images
     of n in it, further clean inputs are rejected at a rate of k / (n + 1) on average over calibration samples, and
-    Beta(k, n + 1 - k) distributed given this sample. Without nlls this is the order statistic of split conformal
-    prediction. With them, `STRIP_SHARE` of the k images are rejected by entropy, and the others by nll: whatever the
-    nll is worth, STRIP keeps its share.
+    Beta(k, n + 1 - k) distributed given this sample. With one score this is the order statistic of split conformal
+    prediction. With more, each rejects its part of the k images, see `SHARES`: whatever the others are worth, it keeps
+    that.
 
     Args:
-        entropies_bits: scores of clean calibration images, see `detector.scores`, (images,).
+        evidence: on clean calibration images.
         target_frr: false rejection rate to aim at, 0 < target_frr < 1.
-        nlls: of the same images, (images,), in nats, for the detector `consensus`.
-        detector: whose scores they are.
+        detector: whose evidence it is.
 
     Raises:
         InputError: `target_frr` is outside (0, 1).
         CalibrationError: too few images for the target, or a score that is not finite.
     """
     check_target_frr(target_frr)
-    regions = peel(entropies_bits, nlls, 1.0 if nlls is None else STRIP_SHARE)
-    count = len(entropies_bits)
-    rank = quantile_rank(target_frr, count)
-    needed = least_images(target_frr, "strip" if nlls is None else "consensus")
+    regions, note = regions_for(evidence, target_frr)
+    count = len(evidence.bits)
+    allowed = quantile_rank(target_frr, count)
+    needed = least_images(target_frr, with_nlls=evidence.nlls is not None)
     if count < needed:
         raise CalibrationError(
             f"target FRR: got {target_frr:g} with {count} clean calibration images, expected at least {needed} images "
             f"for it with the detector {detector}; give more clean images, or a higher target FRR"
         )
-    threshold_bits, nll = float(regions.entropies_bits[rank - 1]), float(regions.nlls[rank - 1])
-    rejected = round(regions.p_values[rank - 1] * (count + 1))
-    if rejected / (count + 1) > target_frr:  # ties at a threshold: every one of them would be rejected
-        at = f"an entropy of at most {threshold_bits:.6g} bits" + ("" if nlls is None else f", or an nll of {nll:.6g}")
+    region = regions.within(target_frr) - 1
+    if region < 0 or not np.isfinite(regions.thresholds[0, region]):
+        tied = round(regions.p_values[region + 1] * (count + 1))
         raise CalibrationError(
-            f"target FRR: {rejected} of {count} calibration images have {at}, so no threshold can reject as few as "
-            f"{target_frr:.1%}; the network answers alike whatever is blended in. Choose another --alpha or more "
-            "overlays"
+            f"target FRR: {tied} of {count} calibration images look equally suspicious, so no threshold can reject as "
+            f"few as {target_frr:.1%}; the network answers alike whatever is blended in. Choose another --alpha or "
+            "more overlays"
         )
-    low, high = frr_range(rank, count)
-    threshold_nll = None if nlls is None else nll
-    frr = rejected / count
-    return Calibration(detector, threshold_bits, threshold_nll, "quantile", target_frr, frr, low, high, count, regions)
+    rejected = round(regions.p_values[region] * (count + 1))
+    if rejected < allowed:
+        note = (
+            f"{rejected} of the {allowed} calibration images that the target FRR allows are rejected, because more "
+            "look equally suspicious; the network answers them alike"
+        )
+    bits, *others = (float(threshold) for threshold in regions.thresholds[:, region])
+    plain_bits = others[0] if evidence.plain_bits is not None and np.isfinite(others[0]) else None
+    nll = None if evidence.nlls is None else -others[-1]
+    low, high = frr_range(rejected, count)
+    return Calibration(
+        detector=detector,
+        threshold_bits=bits,
+        threshold_plain_bits=plain_bits,
+        threshold_nll=nll,
+        method="quantile",
+        target_frr=target_frr,
+        calibration_frr=rejected / count,
+        frr_low=low,
+        frr_high=high,
+        images=count,
+        regions=regions,
+        note=note,
+    )
+
+
+def regions_for(evidence: Evidence, target_frr: float) -> tuple[Regions, str]:
+    """Return the regions that clean calibration images give, and what to know about them, if there is anything.
+
+    A sentinel may be as sure as float32 can tell of more images than the entropy of its answers to them as they are may
+    reject. Then that plays no part, and the others have its share.
+
+    Args:
+        evidence: on the images.
+        target_frr: false rejection rate to aim at.
+
+    Raises:
+        CalibrationError: there are no images, or a score is not finite.
+    """
+    scores = evidence.scores()
+    shares = SHARES[len(scores)]
+    if evidence.plain_bits is not None:
+        count = len(evidence.plain_bits)
+        alike = int(np.count_nonzero(evidence.plain_bits == evidence.plain_bits.min(initial=np.inf)))
+        if alike > max(1.0, shares[1] * quantile_rank(target_frr, count)):
+            others = (1.0, 0.0) if evidence.nlls is None else (0.5, 0.0, 0.5)
+            return peel(scores, others), (
+                f"the original network is equally sure of {alike} of {count} calibration images as they are, so how "
+                "sure it is of an input plays no part in the verdict"
+            )
+    return peel(scores, shares), ""
 
 
 def quantile_rank(target_frr: float, count: int) -> int:
@@ -203,9 +248,9 @@ def quantile_rank(target_frr: float, count: int) -> int:
     return math.floor(target_frr * (count + 1) + 1e-9)
 
 
-def least_images(target_frr: float, detector: str = "strip") -> int:
-    """Return how many clean calibration images a target FRR needs: of `consensus`, each threshold has to reject one."""
-    return math.ceil((2 if detector == "consensus" else 1) / target_frr - 1 - 1e-9)
+def least_images(target_frr: float, *, with_nlls: bool = False) -> int:
+    """Return how many clean calibration images a target FRR needs: entropies and nlls each have to reject one."""
+    return math.ceil((2 if with_nlls else 1) / target_frr - 1 - 1e-9)
 
 
 def normal_threshold(entropies: Floats, target_frr: float) -> Calibration:
@@ -225,7 +270,7 @@ def normal_threshold(entropies: Floats, target_frr: float) -> Calibration:
             most zero, which would accept everything.
     """
     check_target_frr(target_frr)
-    regions = peel(entropies)
+    regions = peel(entropies[None])
     mean, deviation = float(np.mean(entropies, dtype=np.float64)), float(np.std(entropies, dtype=np.float64))
     if deviation == 0.0:
         raise CalibrationError(
@@ -240,9 +285,7 @@ def normal_threshold(entropies: Floats, target_frr: float) -> Calibration:
             "entropy is lower, so every input would be accepted. Use the method quantile, or a higher target FRR"
         )
     frr = _rejected_by(threshold, entropies)
-    return Calibration(
-        "strip", threshold, None, "normal", target_frr, frr.rate, frr.low, frr.high, frr.count, regions, _ONLY_IF_NORMAL
-    )
+    return _of_strip(threshold, "normal", target_frr, frr, regions, _ONLY_IF_NORMAL)
 
 
 def fixed_threshold(entropies: Floats, threshold_bits: float) -> Calibration:
@@ -257,10 +300,9 @@ def fixed_threshold(entropies: Floats, threshold_bits: float) -> Calibration:
         CalibrationError: there are no entropies, or one is not finite.
     """
     check_threshold(threshold_bits)
-    regions = peel(entropies)
+    regions = peel(entropies[None])
     frr = _rejected_by(threshold_bits, entropies)
-    bits = float(threshold_bits)
-    return Calibration("strip", bits, None, "fixed", None, frr.rate, frr.low, frr.high, frr.count, regions)
+    return _of_strip(float(threshold_bits), "fixed", None, frr, regions)
 
 
 def check_target_frr(target_frr: float) -> None:
@@ -275,6 +317,26 @@ def check_threshold(threshold_bits: float) -> None:
     """Raise InputError unless `threshold_bits` is finite and not negative."""
     if not (math.isfinite(threshold_bits) and threshold_bits >= 0.0):
         raise InputError(f"threshold: got {threshold_bits} bits, expected a finite number of at least 0")
+
+
+def _of_strip(
+    threshold_bits: float, method: str, target_frr: float | None, frr: Proportion, regions: Regions, note: str = ""
+) -> Calibration:
+    """Return what a threshold of the detector `strip` rejects of these very images."""
+    return Calibration(
+        detector="strip",
+        threshold_bits=threshold_bits,
+        threshold_plain_bits=None,
+        threshold_nll=None,
+        method=method,
+        target_frr=target_frr,
+        calibration_frr=frr.rate,
+        frr_low=frr.low,
+        frr_high=frr.high,
+        images=frr.count,
+        regions=regions,
+        note=note,
+    )
 
 
 def _rejected_by(threshold_bits: float, entropies: Floats) -> Proportion:

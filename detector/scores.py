@@ -1,26 +1,78 @@
-"""The number that a detector compares with its threshold, of an input's entropies under its perturbations.
+"""What detectors look at, and when it makes them reject an input.
 
-`strip` takes their mean. Some overlays hide the trigger, though, and a few high entropies lift the mean of all over any
-threshold. `consensus` takes their lower median, which asks whether half of them are low: the trigger need not win every
-time.
+`strip` takes the mean of an input's entropies under its perturbations. Some overlays hide the trigger, though, and a
+few high entropies lift the mean of all over any threshold. `consensus` takes their lower median, which asks whether
+half of them are low: the trigger need not win every time. It also looks at how sure the sentinel is of the input as it
+came, and at how little the repaired network believes the sentinel's label.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from detector.conformal import Floats
+from detector.consensus import is_disputed
+from detector.strip import is_trojaned
+
+DETECTORS = ("strip", "consensus")
+"""What is looked at: the mean entropy alone (STRIP), or all that this module knows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What is known of inputs; None is what a detector does not look at.
+
+    Attributes:
+        bits: score of the entropies, see `score_bits`, (inputs,), in bits: the lower, the more suspicious.
+        plain_bits: entropy of the sentinel's answer to the input as it came, likewise.
+        nlls: minus the logarithm of the repaired network's probability for the sentinel's label, (inputs,), in nats:
+            the higher, the more suspicious.
+    """
+
+    bits: Floats
+    plain_bits: Floats | None = None
+    nlls: Floats | None = None
+
+    def scores(self) -> NDArray[np.float64]:
+        """Return all that is known, (scores, inputs), the lower, the more suspicious."""
+        nlls = None if self.nlls is None else -self.nlls
+        return np.array([row for row in (self.bits, self.plain_bits, nlls) if row is not None], np.float64)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """At or beyond which an input is rejected; None is what plays no part.
+
+    Attributes:
+        bits: of the entropies' score.
+        plain_bits: of the entropy of the sentinel's answer to the input as it came.
+        nll: in nats.
+    """
+
+    bits: float
+    plain_bits: float | None = None
+    nll: float | None = None
+
+    def reject(self, evidence: Evidence) -> NDArray[np.bool_]:
+        """Return the verdicts, (inputs,): True where a score is at or beyond its threshold, or not a number."""
+        rejected = is_trojaned(evidence.bits, self.bits)
+        if self.plain_bits is not None:
+            rejected = rejected | is_trojaned(evidence.plain_bits, self.plain_bits)
+        if self.nll is not None:
+            rejected = rejected | is_disputed(evidence.nlls, self.nll)
+        return np.asarray(rejected)
 
 
 def score_bits(entropies_bits: Floats, detector: str, ran: NDArray[np.integer[Any]] | None = None) -> Floats:
-    """Return the score of each input.
+    """Return the score of each input's entropies.
 
     Args:
         entropies_bits: (inputs, perturbations), in bits.
-        detector: one of `detector.conformal.DETECTORS`.
+        detector: one of `DETECTORS`.
         ran: how many perturbations count of each input, the first ones, (inputs,), 1..perturbations; None where all do.
 
     Returns:

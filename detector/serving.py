@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from detector.conformal import DETECTORS, Regions
-from detector.consensus import is_disputed, negative_log_likelihood
+from detector.conformal import Regions
+from detector.consensus import negative_log_likelihood
 from detector.errors import RepositoryError, SetupError
-from detector.scores import score_bits
+from detector.scores import DETECTORS, Evidence, Thresholds, score_bits
 from detector.strip import (
     Array,
     guarded_labels,
-    is_trojaned,
     perturb,
     perturbation_entropies_bits,
     plain_first,
@@ -43,8 +42,8 @@ SENTINEL = "badnet"
 IDENTITY_KEY = "stripwire-identity"
 """Parameter of the ensemble that tells which version of which repository it is."""
 
-SENTINEL_OUTPUTS = ("sentinel_entropies", "sentinel_label", "sentinel_perturbations")
-REGION_FIELDS = ("entropies_bits", "nlls", "p_values")
+SENTINEL_OUTPUTS = ("sentinel_entropies", "sentinel_plain_entropy", "sentinel_label", "sentinel_perturbations")
+REGION_FIELDS = ("thresholds", "p_values")
 
 CONTROL_KEY = "stripwire-control"
 """What the secret is called without which a server loads no model."""
@@ -134,8 +133,8 @@ def perturb_stage(args: dict[str, str], pb_utils: Any) -> Stage:
 def entropy_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     """Return the stage of `strip_entropy`: `sentinel_probabilities` to entropies, label and count.
 
-    `sentinel_label` is of the image as it came; without it among the perturbations, -1. `sentinel_perturbations` is how
-    many others there are.
+    `sentinel_plain_entropy` and `sentinel_label` are of the image as it came; without it among the perturbations, -1.
+    `sentinel_perturbations` is how many others there are.
 
     Args:
         args: what Triton passes to `initialize`. The version folder holds `perturbations.json`, see
@@ -151,12 +150,13 @@ def entropy_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     def compute(probabilities: Array) -> list[Array]:
         if with_plain:
             plain, probabilities = probabilities[:, 0], probabilities[:, 1:]
-            labels = xp.asarray(xp.argmax(plain, axis=-1), dtype=xp.int32)
+            labels = xp.asarray(xp.argmax(plain, axis=-1), dtype=xp.int32)[:, None]
+            plain_entropy = perturbation_entropies_bits(plain[:, None], xp=xp)
         else:
-            labels = xp.full(probabilities.shape[0], -1, dtype=xp.int32)
+            labels = xp.full((probabilities.shape[0], 1), -1, dtype=xp.int32)
+            plain_entropy = xp.asarray(labels, dtype=xp.float32)
         entropies = perturbation_entropies_bits(probabilities, xp=xp)
-        counts = xp.full_like(labels, entropies.shape[1])
-        return [entropies, labels[:, None], counts[:, None]]
+        return [entropies, plain_entropy, labels, xp.full_like(labels, entropies.shape[1])]
 
     return Stage(pb_utils, ["sentinel_probabilities"], SENTINEL_OUTPUTS, compute, xp)
 
@@ -180,24 +180,28 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     Raises:
         RepositoryError: no usable calibration or mode; Triton then refuses to load the model.
     """
-    detector, threshold_bits, threshold_nll = read_thresholds(_version_folder(args))
-    regions = read_regions(_version_folder(args))
+    detector, thresholds = read_thresholds(_version_folder(args))
+    regions = read_regions(_version_folder(args), 1 if detector == "strip" else 2 if thresholds.nll is None else 3)
     parameters = json.loads(args["model_config"])["parameters"]
     mode = parameters.get("mode", {}).get("string_value")
     if mode not in MODES:
         raise RepositoryError(f"{args['model_name']}: parameter mode is {mode!r}, expected one of {', '.join(MODES)}")
 
-    def compute(entropies: Array, sentinel_label: Array, perturbations: Array, probabilities: Array) -> list[Array]:
-        bits, nll = score_bits(entropies, detector, perturbations[:, 0]), None
-        entropy = bits if detector == "strip" else score_bits(entropies, "strip", perturbations[:, 0])
-        trojaned = is_trojaned(bits, threshold_bits)
-        if threshold_nll is not None:
-            nll = negative_log_likelihood(probabilities, sentinel_label[:, 0])
-            trojaned = trojaned | is_disputed(nll, threshold_nll)
+    def compute(
+        entropies: Array, plain_entropy: Array, sentinel_label: Array, perturbations: Array, probabilities: Array
+    ) -> list[Array]:
+        ran = perturbations[:, 0]
+        bits = score_bits(entropies, detector, ran)
+        evidence, entropy = Evidence(bits), bits
+        if detector != "strip":
+            entropy = score_bits(entropies, "strip", ran)
+            asked = thresholds.nll is not None
+            nlls = negative_log_likelihood(probabilities, sentinel_label[:, 0]) if asked else None
+            evidence = Evidence(bits, plain_entropy[:, 0], nlls)
         # A label read off broken probabilities means nothing: reject the input.
-        trojaned = trojaned | ~np.all(np.isfinite(probabilities), axis=-1)
+        trojaned = thresholds.reject(evidence) | ~np.all(np.isfinite(probabilities), axis=-1)
         labels = guarded_labels(probabilities, trojaned, block=mode == "block")
-        p_value = regions.p_value(bits, nll)
+        p_value = regions.p_value(evidence.scores())
         return [labels[:, None], trojaned[:, None], entropy[:, None], p_value[:, None], perturbations, probabilities]
 
     inputs = [*SENTINEL_OUTPUTS, "repaired_probabilities"]
@@ -229,7 +233,7 @@ def read_overlays(folder: Path) -> tuple[Array, float]:
 def read_plain_first(folder: Path) -> bool:
     """Return whether the perturbations of a version of `strip_perturb` begin with the image as it came.
 
-    `strip_entropy` is told the same; a detector that asks the repaired network as well wants it.
+    `strip_entropy` is told the same; the detector `consensus` wants it.
 
     Raises:
         RepositoryError: a version folder does not say so.
@@ -244,33 +248,41 @@ def read_plain_first(folder: Path) -> bool:
     return plain_first
 
 
-def read_thresholds(folder: Path) -> tuple[str, float, float | None]:
-    """Return what a version folder of `strip_verdict` decides by: the detector and its thresholds.
-
-    Returns:
-        One of `DETECTORS`; the threshold of its score, in bits; that of the nll, in nats, or None where
-        the repaired network is not asked.
+def read_thresholds(folder: Path) -> tuple[str, Thresholds]:
+    """Return what a version folder of `strip_verdict` decides by: one of `DETECTORS`, and its thresholds.
 
     Raises:
         RepositoryError: they are missing or malformed.
     """
     path = folder / "calibration.json"
+    fields = {"bits": "threshold_bits", "plain_bits": "threshold_plain_bits", "nll": "threshold_nll"}
     try:
         calibration = json.loads(path.read_text(encoding="utf-8"))
-        detector, nll = calibration["detector"], calibration["threshold_nll"]
-        threshold_bits, threshold_nll = float(calibration["threshold_bits"]), None if nll is None else float(nll)
+        detector = calibration["detector"]
+        values = {field: calibration[name] for field, name in fields.items()}
+        bits = float(values.pop("bits"))
+        thresholds = Thresholds(
+            bits, **{name: None if value is None else float(value) for name, value in values.items()}
+        )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise RepositoryError(f"{path}: no usable calibration ({error!r}); export the model again") from error
     if detector not in DETECTORS:
         raise RepositoryError(f"{path}: detector is {detector!r}, expected one of {', '.join(DETECTORS)}")
-    for name, value in (("threshold_bits", threshold_bits), ("threshold_nll", threshold_nll)):
+    for field, name in fields.items():
+        value = getattr(thresholds, field)
         if value is not None and not (np.isfinite(value) and value >= 0):
             raise RepositoryError(f"{path}: {name} is {value}, expected a finite number of at least 0")
-    return detector, threshold_bits, threshold_nll
+        if detector == "strip" and field != "bits" and value is not None:
+            raise RepositoryError(f"{path}: {name} is {value} with the detector strip, expected null")
+    return detector, thresholds
 
 
-def read_regions(folder: Path) -> Regions:
+def read_regions(folder: Path, scores: int) -> Regions:
     """Return the rejection regions in a version folder of `strip_verdict`, of which `regions.npz` holds the fields.
+
+    Args:
+        folder: the version folder.
+        scores: how many scores the detector looks at.
 
     Raises:
         RepositoryError: they are missing or malformed.
@@ -283,6 +295,10 @@ def read_regions(folder: Path) -> Regions:
         raise RepositoryError(f"{path}: cannot be used for p-values ({error}); export the model again") from error
     if not regions.is_whole():
         raise RepositoryError(f"{path}: the regions are not nested; export the model again")
+    if len(regions.thresholds) != scores:
+        raise RepositoryError(
+            f"{path}: the regions are of {len(regions.thresholds)} scores, expected {scores}; export the model again"
+        )
     return regions
 
 

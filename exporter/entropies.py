@@ -10,7 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from detector.consensus import negative_log_likelihood
-from detector.strip import entropy_bits, perturb, weighted_overlays
+from detector.strip import entropy_bits, perturb, perturbation_entropies_bits, weighted_overlays
 
 OnProgress = Callable[[str, int, int], None]
 """Told what is going on, images done and images in all."""
@@ -64,26 +64,46 @@ def entropy_matrix(
     return matrix
 
 
+def measure_plain(
+    sentinel: onnxruntime.InferenceSession, images: NDArray[np.uint8], on_progress: OnProgress | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return what the sentinel makes of images as they are: entropies, (images,), in bits, and labels, (images,).
+
+    Args:
+        sentinel: session on the sentinel's graph.
+        images: (images, height, width, channels), uint8.
+        on_progress: told about every batch.
+    """
+    entropies, labels = np.empty(len(images), np.float32), np.empty(len(images), np.int64)
+    for start in range(0, len(images), _MAX_BATCH):
+        rows = slice(start, start + _MAX_BATCH)
+        (seen,) = sentinel.run(None, {"perturbations": images[rows, None].astype(np.float32)})
+        entropies[rows] = perturbation_entropies_bits(seen)[:, 0]
+        labels[rows] = seen[:, 0].argmax(axis=-1)
+        if on_progress is not None:
+            on_progress("Asking the original network", min(start + _MAX_BATCH, len(images)), len(images))
+    return entropies, labels
+
+
 def measure_nlls(
-    sentinel: onnxruntime.InferenceSession,
     repaired: onnxruntime.InferenceSession,
     images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
     on_progress: OnProgress | None = None,
 ) -> NDArray[np.float32]:
     """Return how little the repaired network believes the sentinel's label of each image, (images,), in nats.
 
     Args:
-        sentinel: session on the sentinel's graph.
         repaired: session on the repaired network's graph.
         images: (images, height, width, channels), uint8.
+        labels: of the sentinel, see `measure_plain`.
         on_progress: told about every batch.
     """
-    measured = [np.empty(0, dtype=np.float32)]
+    nlls = np.empty(len(images), np.float32)
     for start in range(0, len(images), _MAX_BATCH):
-        batch = images[start : start + _MAX_BATCH]
-        (seen,) = sentinel.run(None, {"perturbations": batch[:, None].astype(np.float32)})
-        (believed,) = repaired.run(None, {"image": batch})
-        measured.append(negative_log_likelihood(believed, seen[:, 0].argmax(axis=-1)))
+        rows = slice(start, start + _MAX_BATCH)
+        (believed,) = repaired.run(None, {"image": images[rows]})
+        nlls[rows] = negative_log_likelihood(believed, labels[rows])
         if on_progress is not None:
-            on_progress("Asking both networks", start + len(batch), len(images))
-    return np.concatenate(measured)
+            on_progress("Asking the repaired network", min(start + _MAX_BATCH, len(images)), len(images))
+    return nlls

@@ -16,12 +16,13 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from detector.calibration import Calibration
-from detector.errors import DataError, ModelRefusedError
+from detector.errors import CalibrationError, DataError, ModelRefusedError
+from detector.scores import Evidence, score_bits
 from detector.statistics import Proportion
 from exporter.classifier import with_probabilities
 from exporter.commands import commands
 from exporter.convert import check_parity, repaired_graph, sentinel_graph, to_onnx
-from exporter.entropies import entropy_matrix, measure_nlls, open_graph
+from exporter.entropies import entropy_matrix, measure_nlls, measure_plain, open_graph
 from exporter.fused import check_fused, fuse
 from exporter.inputs import InputReader
 from exporter.keras_files import load_model
@@ -113,15 +114,20 @@ def export(
     clean = None if data.clean is None else reader.read(data.clean)
     parts = {name: reader.read(path) for name, path in data.parts.items()}
     attack = None if data.attack is None else reader.read_attack(data.attack)
-    split = split_clean(
-        clean,
-        overlay_count=options.overlays,
-        overlay_choice=options.overlay_choice,
-        least_calibration=options.rule.least_images,
-        with_repair=options.repair.method != "none",
-        seed=options.seed,
-        **parts,
-    )
+    try:
+        split = split_clean(
+            clean,
+            overlay_count=options.overlays,
+            overlay_choice=options.overlay_choice,
+            least_calibration=options.rule.least_images,
+            with_repair=options.repair.method != "none",
+            seed=options.seed,
+            **parts,
+        )
+    except CalibrationError as error:
+        if options.rule.detector == "strip":
+            raise
+        raise CalibrationError(f"{error}. --detector strip calibrates on half as many") from error
     measured = attack
     if attack is not None and options.repair.stop_on_attack:
         measured, attack = _halves(attack, options.seed)
@@ -139,7 +145,10 @@ def export(
         return entropy_matrix(session, samples.images, overlays, options.input_weight, on_progress, description)
 
     entropies = entropies_of(split.calibration, "Calibrating STRIP")
-    calibration = options.rule.calibrate(entropies)  # fails, if at all, before the repair
+    plain_bits = labels = None
+    if options.rule.detector == "consensus":
+        plain_bits, labels = measure_plain(session, split.calibration.images, on_progress)
+    calibration = options.rule.calibrate(entropies, plain_bits)  # fails, if at all, before the repair
 
     repair = repair_network(
         model,
@@ -155,11 +164,18 @@ def export(
 
     repaired_session = open_graph(repaired.SerializeToString())
 
-    def nlls_of(samples: Samples) -> NDArray[np.float32]:
-        return measure_nlls(session, repaired_session, samples.images, on_progress)
+    if labels is not None and repair.changed:
+        nlls = measure_nlls(repaired_session, split.calibration.images, labels, on_progress)
+        calibration = options.rule.calibrate(entropies, plain_bits, nlls)
 
-    if options.rule.detector == "consensus" and repair.changed:
-        calibration = options.rule.calibrate(entropies, nlls_of(split.calibration))
+    def evidence_of(samples: Samples, entropies_bits: NDArray[np.float32]) -> Evidence:
+        bits = score_bits(entropies_bits, calibration.detector)
+        if not calibration.looks_at_plain:
+            return Evidence(bits)
+        plain_bits, labels = measure_plain(session, samples.images, on_progress)
+        if not calibration.asks_repaired:
+            return Evidence(bits, plain_bits)
+        return Evidence(bits, plain_bits, measure_nlls(repaired_session, samples.images, labels, on_progress))
 
     fused = None
     if options.layout == "fused":
@@ -192,7 +208,7 @@ def export(
         calibration=calibration,
         calibration_entropies_bits=entropies,
         entropies_of=entropies_of,
-        nlls_of=nlls_of,
+        evidence_of=evidence_of,
         commands=commands(model_path, data, output, options),
     )
     rejection, acceptance = report.false_rejection, report.false_acceptance

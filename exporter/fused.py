@@ -153,13 +153,17 @@ def fuse(
     entropies, counts = stages.first(main)
     main.add("Identity", entropies, output="sentinel_entropies")
     main.add("Unsqueeze", counts, weights.add("axis_1", np.array([1])), output="sentinel_perturbations")
-    if calibration.asks_repaired:
+    if calibration.looks_at_plain:
         seen = main.copy(rest, {cut: features}, "plain")[_ROWS]
         main.add("Cast", main.add("ArgMax", seen, axis=-1), to=TensorProto.INT32, output="sentinel_label")
+        # From probabilities, as the ensemble does: of a sure answer, nothing of what is left may be rounded away.
+        bits = stages.to_bits(main, stages.from_probabilities(main, seen))
+        main.add("Unsqueeze", bits, weights.add("axis_1", np.array([1])), output="sentinel_plain_entropy")
     else:
-        nothing = numpy_helper.from_array(np.array([-1], np.int32))
         shape = main.add("Shape", "sentinel_perturbations")
-        main.add("ConstantOfShape", shape, value=nothing, output="sentinel_label")
+        for name, kind in (("sentinel_label", np.int32), ("sentinel_plain_entropy", np.float32)):
+            nothing = numpy_helper.from_array(np.array([-1], kind))
+            main.add("ConstantOfShape", shape, value=nothing, output=name)
 
     def column(name: str, kind: int) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, ["batch", 1])
@@ -170,6 +174,7 @@ def fuse(
         [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", *overlays.shape[1:]])],
         [
             helper.make_tensor_value_info("sentinel_entropies", TensorProto.FLOAT, ["batch", len(overlays)]),
+            column("sentinel_plain_entropy", TensorProto.FLOAT),
             column("sentinel_label", TensorProto.INT32),
             column("sentinel_perturbations", TensorProto.INT32),
             repaired.graph.output[0],
@@ -493,6 +498,18 @@ class _Stages:
         ran = numpy_helper.from_array(np.array([len(self._overlays[0])], np.int32))
         return self._further(part, entropies, part.add("ConstantOfShape", rows, value=ran), 1)
 
+    def from_probabilities(self, part: _Part, probabilities: str) -> str:
+        """Return the entropies of rows of probabilities, (rows,), in nats; see `perturbation_entropies_bits`."""
+        one = self._weights.add("one", np.float32(1.0))
+        zero = part.add("Equal", probabilities, self._weights.add("nothing", np.float32(0.0)))
+        logs = part.add("Log", part.add("Where", zero, one, probabilities))
+        terms = part.add("Mul", probabilities, logs)
+        return part.add("Neg", part.add("ReduceSum", terms, self._numbers("last_axis", -1), keepdims=0))
+
+    def to_bits(self, part: _Part, nats: str) -> str:
+        """Return entropies in bits."""
+        return part.add("Mul", nats, self._weights.add("bits_per_nat", np.float32(1.0 / math.log(2.0))))
+
     def _further(self, part: _Part, entropies: str, counts: str, stage: int) -> tuple[str, str]:
         """Add the stages from `stage` on, given the entropies of those before."""
         if stage == len(self._overlays):
@@ -540,11 +557,12 @@ class _Stages:
         blends = part.add("Reshape", blends, self._numbers("blend_shape", -1, *shares.shape[1:]))
         names = part.copy(self._to_logits, {self._cut: blends}, f"stage_{stage + 1}")
         if self._network.logits is None:
-            nats = self._from_probabilities(part, names[_ROWS])
+            nats = self.from_probabilities(part, names[_ROWS])
         else:
             nats = self._from_logits(part, names[self._network.logits])
-        bits = part.add("Mul", nats, self._weights.add("bits_per_nat", np.float32(1.0 / math.log(2.0))))
-        return part.add("Reshape", bits, self._numbers(f"blends_{stage + 1}_a_row", -1, len(shares)))
+        return part.add(
+            "Reshape", self.to_bits(part, nats), self._numbers(f"blends_{stage + 1}_a_row", -1, len(shares))
+        )
 
     def _from_logits(self, part: _Part, logits: str) -> str:
         """Return the entropies of rows of logits, (rows,), in nats."""
@@ -554,14 +572,6 @@ class _Stages:
         total = part.add("ReduceSum", odds, last, keepdims=0)
         weighted = part.add("ReduceSum", part.add("Mul", odds, below), last, keepdims=0)
         return part.add("Sub", part.add("Log", total), part.add("Div", weighted, total))
-
-    def _from_probabilities(self, part: _Part, probabilities: str) -> str:
-        """Return the entropies of rows of probabilities, (rows,), in nats; see `perturbation_entropies_bits`."""
-        one = self._weights.add("one", np.float32(1.0))
-        zero = part.add("Equal", probabilities, self._weights.add("nothing", np.float32(0.0)))
-        logs = part.add("Log", part.add("Where", zero, one, probabilities))
-        terms = part.add("Mul", probabilities, logs)
-        return part.add("Neg", part.add("ReduceSum", terms, self._numbers("last_axis", -1), keepdims=0))
 
     def _numbers(self, name: str, *values: int) -> str:
         return self._weights.add(name, np.array(values, np.int64))

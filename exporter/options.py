@@ -145,7 +145,7 @@ class ExportOptions:
     overlays: Count = 10
     overlay_choice: str = "random"
     alpha: float | None = None
-    rule: ThresholdRule = field(default_factory=ThresholdRule)
+    rule: ThresholdRule = field(default_factory=lambda: ThresholdRule(detector="consensus"))
     layout: str = "ensemble"
     early_exit: bool = True
     seed: int = 0

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from detector.calibration import ALPHAS, Calibration, ThresholdRule
 from detector.errors import CalibrationError, InputError
 from detector.serving import read_overlays, read_plain_first, read_thresholds
-from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, open_graph
+from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, measure_plain, open_graph
 from exporter.fused import check_fused, fuse
 from exporter.inputs import InputReader
 from exporter.overlays import Count, check_overlay_options, choose_greedily, part_sizes
@@ -35,7 +35,7 @@ class RecalibrationOptions:
 
     Attributes:
         rule: how to choose the thresholds; `detector` stands over its detector.
-        detector: one of `detector.conformal.DETECTORS`; None for what it is.
+        detector: one of `detector.scores.DETECTORS`; None for what it is.
         overlays: how many overlays to take from the new images; None for as many as there are, `auto` as in `export`.
         alpha: weight of the input in the blend; None for what it is, or where the detector changes with the overlays,
             for the detector's, see `detector.calibration.ALPHAS`.
@@ -147,11 +147,13 @@ def recalibrate(
         else:
             overlays = candidates
     entropies = entropy_matrix(session, images[parts.calibration], overlays, alpha, on_progress, "Calibrating STRIP")
-    nlls = None
-    if detector == "consensus" and manifest["versions"][str(models["repaired"])]["repair"]["changed"]:
-        repaired = open_graph(folders["repaired"] / "model.onnx")
-        nlls = measure_nlls(session, repaired, images[parts.calibration], on_progress)
-    calibration = options.rule.calibrate(entropies, nlls)
+    plain_bits = nlls = None
+    if detector == "consensus":
+        plain_bits, labels = measure_plain(session, images[parts.calibration], on_progress)
+        if manifest["versions"][str(models["repaired"])]["repair"]["changed"]:
+            repaired = open_graph(folders["repaired"] / "model.onnx")
+            nlls = measure_nlls(repaired, images[parts.calibration], labels, on_progress)
+    calibration = options.rule.calibrate(entropies, plain_bits, nlls)
     fused = None
     if FUSED in models:
         badnet, repaired_graph = (onnx.load(folders[name] / "model.onnx") for name in ("badnet", "repaired"))
@@ -172,12 +174,12 @@ def recalibrate(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("stripwire", "numpy", "onnxruntime")},
     }
-    as_before = options.keep_overlays and calibration.asks_repaired == read_plain_first(folders["strip_perturb"])
+    as_before = options.keep_overlays and calibration.looks_at_plain == read_plain_first(folders["strip_perturb"])
     changed = Recalibrated(calibration, None if as_before else overlays, alpha, provenance, fused)
     number = write_recalibration(repository, base, changed)
-    _, base_threshold_bits, _ = read_thresholds(folders["strip_verdict"])
+    _, base_thresholds = read_thresholds(folders["strip_verdict"])
     notes = tuple(reader.notes)
-    return Recalibration(repository, number, base, base_threshold_bits, calibration, notes, provenance)
+    return Recalibration(repository, number, base, base_thresholds.bits, calibration, notes, provenance)
 
 
 def distinct(samples: Samples, besides: NDArray[np.uint8] | None = None) -> NDArray[np.int64]:

@@ -89,7 +89,7 @@ class Recalibrated:
     Attributes:
         calibration: the new threshold and what it rests on.
         overlays: for STRIP, (perturbations, height, width, channels), uint8; None where neither they nor whether
-            the repaired network is asked changes.
+            the sentinel is shown inputs as they came changes.
         alpha: weight of the input in the blend, which goes with `overlays`.
         provenance: what the manifest says about where this version came from.
         fused: what overlays and threshold make of the fused graph; None where the version has none.
@@ -198,7 +198,7 @@ def write_recalibration(repository: Path, base: str, changed: Recalibrated) -> s
         if changed.overlays is not None:
             renewed.append("strip_perturb")
         entropy = repository / "strip_entropy" / str(models["strip_entropy"])
-        if read_plain_first(entropy) != changed.calibration.asks_repaired:
+        if read_plain_first(entropy) != changed.calibration.looks_at_plain:
             renewed.append("strip_entropy")
         versions[number] = {
             "identity": uuid4().hex,
@@ -302,6 +302,7 @@ def model_configs(
     perturbations = ("perturbations", TYPE_FP32, [-1, *image_shape])
     sentinel_probabilities = ("sentinel_probabilities", TYPE_FP32, [-1, classes])
     sentinel_entropies = ("sentinel_entropies", TYPE_FP32, [-1])
+    sentinel_plain_entropy = ("sentinel_plain_entropy", TYPE_FP32, [1])
     sentinel_label = ("sentinel_label", TYPE_INT32, [1])
     sentinel_perturbations = ("sentinel_perturbations", TYPE_INT32, [1])
     repaired_probabilities = ("repaired_probabilities", TYPE_FP32, [classes])
@@ -314,7 +315,7 @@ def model_configs(
     count = ("perturbations", TYPE_INT32, [1])
 
     public = [label, trojaned, entropy, p_value, count, probabilities]
-    opinion = [sentinel_entropies, sentinel_label, sentinel_perturbations]
+    opinion = [sentinel_entropies, sentinel_plain_entropy, sentinel_label, sentinel_perturbations]
 
     guarded = _config("guarded", [image], public, platform="ensemble")
     guarded.parameters[IDENTITY_KEY].CopyFrom(ModelParameter(string_value=identity))
@@ -421,7 +422,7 @@ def _write_entropy(repository: Path, version: str, calibration: Calibration) -> 
 
 
 def _write_plain_first(folder: Path, calibration: Calibration) -> None:
-    _write_text(folder / "perturbations.json", json.dumps({"plain_first": calibration.asks_repaired}) + "\n")
+    _write_text(folder / "perturbations.json", json.dumps({"plain_first": calibration.looks_at_plain}) + "\n")
 
 
 def _write_calibration(repository: Path, version: str, calibration: Calibration) -> None:

@@ -55,11 +55,13 @@ def badnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def repository(badnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the model repository exported from the small BadNet."""
+    from detector.calibration import ThresholdRule
     from exporter.export import Data, ExportOptions, export
     from exporter.repair import RepairOptions
 
     folder = tmp_path_factory.mktemp("exported") / "repository"
-    options = ExportOptions(repair=RepairOptions(method="magnitude", max_rounds=1, epochs=2))
+    repair = RepairOptions(method="magnitude", max_rounds=1, epochs=2)
+    options = ExportOptions(repair=repair, rule=ThresholdRule(detector="strip"))
     export(badnet / "bd_net.keras", Data(badnet / "clean_validation_data.h5"), folder, options)
     return folder
 

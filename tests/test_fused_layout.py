@@ -16,12 +16,11 @@ from client.control import ModelControl, control_headers
 from client.evaluation import evaluate
 from deploy.embedded.server import EmbeddedTriton
 from detector.calibration import ThresholdRule
-from detector.conformal import DETECTORS
 from detector.errors import RepositoryError
-from detector.scores import score_bits
+from detector.scores import DETECTORS, score_bits
 from detector.serving import read_overlays
 from exporter.convert import repaired_graph, sentinel_graph, to_onnx
-from exporter.entropies import entropy_matrix, measure_nlls, open_graph
+from exporter.entropies import entropy_matrix, measure_nlls, measure_plain, open_graph
 from exporter.fused import fuse
 from exporter.preprocessing import Preprocessing
 from exporter.recalibration import RecalibrationOptions, recalibrate
@@ -52,9 +51,10 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overlays = images_of(SHAPE, OVERLAYS, seed=6)
     sessions = [open_graph(graph.SerializeToString()) for graph in graphs]
     entropies = entropy_matrix(sessions[0], IMAGES, overlays, 0.5)
-    nlls = measure_nlls(sessions[0], sessions[1], IMAGES)
+    plain_bits, labels = measure_plain(sessions[0], IMAGES)
+    nlls = measure_nlls(sessions[1], IMAGES, labels)
     rules = {name: ThresholdRule(target_frr=TARGET_FRR[name], detector=name) for name in DETECTORS}
-    calibrations = {name: rule.calibrate(entropies, nlls) for name, rule in rules.items()}
+    calibrations = {name: rule.calibrate(entropies, plain_bits, nlls) for name, rule in rules.items()}
     folder = tmp_path_factory.mktemp("layouts") / "repository"
     for number, (detector, layout, early_exit) in VERSIONS.items():
         calibration = calibrations[detector]

@@ -94,23 +94,27 @@ def test_every_served_verdict_agrees_with_the_float64_reference(
     np.testing.assert_array_equal(verdicts.labels, expected)
 
 
-def test_with_consensus_the_repaired_network_has_a_say(repository: Path, badnet: Path, tmp_path: Path) -> None:
+def test_every_verdict_of_consensus_agrees_with_the_float64_reference(
+    repository: Path, badnet: Path, tmp_path: Path
+) -> None:
     shutil.copytree(repository, tmp_path / "repository")
     options = RecalibrationOptions(ThresholdRule(target_frr=0.1), detector="consensus", keep_overlays=True)
     result = recalibrate(tmp_path / "repository", badnet / "clean_validation_data.h5", options)
     assert result.calibration.detector == "consensus"
-    threshold_nll = result.calibration.threshold_nll
-    assert threshold_nll is not None
+    thresholds = result.calibration.thresholds
+    assert thresholds.nll is not None
+    assert thresholds.plain_bits is not None
     with EmbeddedTriton(tmp_path / "repository") as server:
         verdicts = answers(server, badnet)
-    entropies, nlls = referred(tmp_path / "repository", badnet, "2", verdicts)
+    entropies, plain_bits, nlls = referred(tmp_path / "repository", badnet, "2", verdicts)
     np.testing.assert_allclose(verdicts.entropy_bits, entropies.mean(axis=1), atol=1e-4)
     medians = np.array([reference.lower_median(row) for row in entropies])
-    by_entropy, by_nll = medians <= result.calibration.threshold_bits, nlls >= threshold_nll
-    certain = (np.abs(medians - result.calibration.threshold_bits) > 1e-4) & (np.abs(nlls - threshold_nll) > 1e-3)
+    certain = (np.abs(medians - thresholds.bits) > 1e-4) & (np.abs(nlls - thresholds.nll) > 1e-3)
+    certain &= np.abs(plain_bits - thresholds.plain_bits) > 1e-4 * thresholds.plain_bits
     assert certain.mean() > 0.95
-    assert (by_nll & ~by_entropy).any()
-    np.testing.assert_array_equal(verdicts.trojaned[certain], (by_entropy | by_nll)[certain])
+    by = np.array([medians <= thresholds.bits, plain_bits <= thresholds.plain_bits, nlls >= thresholds.nll])
+    assert (by.sum(axis=0) == 1).any()
+    np.testing.assert_array_equal(verdicts.trojaned[certain], by.any(axis=0)[certain])
     np.testing.assert_array_equal(verdicts.trojaned, verdicts.p_values <= 0.1)
 
 
@@ -125,8 +129,11 @@ def images_of(badnet: Path) -> Any:
     return np.concatenate([read_hdf5(badnet / name).images for name in files])
 
 
-def referred(repository: Path, badnet: Path, version: str, verdicts: Verdicts) -> tuple[Any, Any]:
-    """Return what the reference makes of the same images: entropies, (images, overlays), and nlls, (images,)."""
+def referred(repository: Path, badnet: Path, version: str, verdicts: Verdicts) -> tuple[Any, Any, Any]:
+    """Return what the reference makes of the same images.
+
+    These are entropies, (images, overlays), those of the images as they are, (images,), and nlls, (images,).
+    """
     model = load_model(badnet / "bd_net.keras")
     weights = [array for name in LAYERS for array in model.get_layer(name).get_weights()]
     number = verify_repository(repository)["versions"][version]["models"]["strip_perturb"]
@@ -135,11 +142,12 @@ def referred(repository: Path, badnet: Path, version: str, verdicts: Verdicts) -
     images = images_of(badnet)
     blends = np.array([[reference.blend(image, overlay, alpha) / 255 for overlay in overlays] for image in images])
     probabilities = reference.deepid(weights, blends.reshape(-1, 55, 47, 3)).reshape(len(images), len(overlays), -1)
-    seen = reference.deepid(weights, images / 255).argmax(axis=1)
+    plain = reference.deepid(weights, images / 255)
+    seen = plain.argmax(axis=1)
     assert verdicts.probabilities is not None
     nlls = [-math.log(row[label]) for row, label in zip(verdicts.probabilities.astype(float), seen, strict=True)]
     entropies = [[reference.entropy_bits(row[None]) for row in rows] for rows in probabilities]
-    return np.array(entropies), np.array(nlls)
+    return np.array(entropies), np.array([reference.entropy_bits(row[None]) for row in plain]), np.array(nlls)
 
 
 def test_a_server_on_this_machine_reads_images_from_shared_memory(server: EmbeddedTriton, badnet: Path) -> None:

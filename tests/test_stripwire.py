@@ -25,6 +25,7 @@ from client.api import GuardedClient
 from deploy.embedded.server import EmbeddedTriton
 from detector.calibration import METHODS, Calibration, calibrate
 from detector.errors import InputError, StripwireError
+from detector.scores import Evidence
 from detector.serving import MODES, read_thresholds
 from exporter import repository as repositories
 from exporter.augmentation import AUGMENTATIONS
@@ -347,10 +348,18 @@ def test_what_makes_a_result_doubtful_is_said_loudly(
     assert "[r]" in shown  # a name that looks like markup
 
 
-@pytest.mark.parametrize(("nll", "text"), [(None, "0.3880 bits"), (0.86, "0.3880 bits, or an nll of 0.8600 nats")])
-def test_thresholds_are_said_with_their_units(nll: float | None, text: str) -> None:
-    calibration = calibrate(np.linspace(0.388, 2.0, 19), 0.05)
-    assert stripwire.thresholds(dataclasses.replace(calibration, threshold_nll=nll)) == text
+@pytest.mark.parametrize(
+    ("plain_bits", "nll", "text"),
+    [
+        (None, None, "0.388 bits"),
+        (2.5e-9, None, "0.388 bits, or 2.5e-09 bits for the input as it came"),
+        (2.5e-9, 0.86, "0.388 bits, or 2.5e-09 bits for the input as it came, or an nll of 0.86 nats"),
+    ],
+)
+def test_thresholds_are_said_with_their_units(plain_bits: float | None, nll: float | None, text: str) -> None:
+    calibration = calibrate(Evidence(np.linspace(0.388, 2.0, 19)), 0.05)
+    changed = dataclasses.replace(calibration, threshold_plain_bits=plain_bits, threshold_nll=nll)
+    assert stripwire.thresholds(changed) == text
 
 
 def test_a_threshold_that_is_next_to_nothing_is_doubted(
@@ -465,7 +474,7 @@ def test_a_live_server_is_calibrated_again_and_rolled_back(
         assert "The server serves version 2." in said
         assert served_version(live) == "2"
         calibrated = client.classify(images)
-        threshold = read_thresholds(live.repository / "strip_verdict" / "2")[1]
+        threshold = read_thresholds(live.repository / "strip_verdict" / "2")[1].bits
         np.testing.assert_array_equal(calibrated.trojaned, calibrated.entropy_bits <= threshold)
         assert not np.allclose(calibrated.entropy_bits, before)
         assert run(monkeypatch, "rollback", live.repository, "--json", *url) == 0

@@ -1,7 +1,7 @@
 """The detectors that are compared, each with ten overlays where it blends, on the same images.
 
-A detector gives scores, the lower the more suspicious, and perhaps nlls as well. Thresholds come from clean calibration
-images alone, as `detector.calibration` has them: the largest rejection region that keeps the target.
+A detector gives evidence, of which each score is the more suspicious, the lower it is. Thresholds come from clean
+calibration images alone, as `detector.calibration` has them: the largest rejection region that keeps the target.
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from benchmarks.detection.art_strip import art_entropies
 from benchmarks.detection.cases import OVERLAYS, SEED, TARGETS, Material, some
 from benchmarks.detection.scale_up import FACTORS, THRESHOLD, consistency, scaled_labels, standardized
-from detector.calibration import ALPHAS, STRIP_SHARE, least_images
-from detector.conformal import Floats, Regions, peel
-from detector.consensus import is_disputed
-from detector.scores import score_bits
+from detector.calibration import ALPHAS, least_images, regions_for
+from detector.conformal import Floats, Regions
+from detector.scores import Evidence, score_bits
 from detector.statistics import Proportion, auroc
-from detector.strip import is_trojaned, perturbation_entropies_bits
-from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, open_graph
+from detector.strip import is_trojaned
+from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, measure_plain, open_graph
 
 COUNT = OVERLAYS[0]
 REPORTS_BITS = 0.5
@@ -34,6 +32,8 @@ CALIBRATION, CLEAN = "calibration", "clean"
 
 Scores: TypeAlias = dict[str, Floats]
 """One score an image: of `CALIBRATION`, of `CLEAN`, and of trojaned images by attack."""
+Known: TypeAlias = dict[str, Evidence]
+"""Likewise, all that a detector knows."""
 
 
 class Measured:
@@ -53,6 +53,7 @@ class Measured:
         self.images = {CALIBRATION: material.calibration.images}
         self.images |= {name: some(part, images).images for name, part in judged.items()}
         self.entropies = cache(self._entropies)
+        self.plain = cache(self._plain)
         self.labels = cache(self._labels)
 
     def _entropies(self, alpha: float) -> Scores:
@@ -64,10 +65,17 @@ class Measured:
             for name, images in self.images.items()
         }
 
+    def _plain(self) -> dict[str, tuple[Floats, NDArray[np.int64]]]:
+        """Return the entropies of the network's answers to images as they are, in bits, and its labels."""
+        return {name: measure_plain(self.session, images, self.report) for name, images in self.images.items()}
+
     def nlls(self, repaired: Path) -> Scores:
         """Return how little the repaired network, an ONNX file, believes the sentinel's labels, in nats."""
         session = open_graph(repaired)
-        return {name: measure_nlls(self.session, session, images, self.report) for name, images in self.images.items()}
+        return {
+            name: measure_nlls(session, images, self.plain()[name][1], self.report)
+            for name, images in self.images.items()
+        }
 
     def art(self) -> Scores:
         """Return the entropies of the Adversarial Robustness Toolbox."""
@@ -85,7 +93,7 @@ class Measured:
 
     def confidence(self) -> Scores:
         """Return the entropies of the images as they are, in bits."""
-        return {name: plain_entropies(self.session, images) for name, images in self.images.items()}
+        return {name: entropies for name, (entropies, _) in self.plain().items()}
 
     def _labels(self) -> dict[str, NDArray[np.int64]]:
         """Return the network's labels for each image as it is, and multiplied."""
@@ -111,13 +119,13 @@ class Detector:
 
     Attributes:
         passes: forward passes for an input, beside the one of the network that is served anyway.
-        scores: measures its scores, and its nlls where it has some.
+        look: measures its evidence.
         at: a threshold that it comes with, if it does; scores at or under it are rejected.
         calibrated: whether thresholds are calibrated as well.
     """
 
     passes: int
-    scores: Callable[[Measured], tuple[Scores, Scores | None]]
+    look: Callable[[Measured], Known]
     at: float | None = None
     calibrated: bool = True
 
@@ -137,71 +145,68 @@ def compared(repaired: dict[str, Path | None], classes_known: bool) -> dict[str,
         "consensus": _consensus(None),
     }
     found |= {f"consensus + {repair}": _consensus(file) for repair, file in repaired.items()}
-    found["confidence"] = Detector(1, lambda measured: (measured.confidence(), None))
-    found["ART's STRIP"] = Detector(COUNT, lambda measured: (measured.art(), None))
-    found["SCALE-UP"] = Detector(1 + len(FACTORS), lambda measured: (measured.scale_up(), None), -THRESHOLD)
+    found["confidence"] = Detector(1, lambda measured: alone(measured.confidence()))
+    found["ART's STRIP"] = Detector(COUNT, lambda measured: alone(measured.art()))
+    found["SCALE-UP"] = Detector(1 + len(FACTORS), lambda measured: alone(measured.scale_up()), -THRESHOLD)
     if classes_known:
         found["SCALE-UP + clean data"] = Detector(
-            1 + len(FACTORS), lambda measured: (measured.scale_up_standardized(), None)
+            1 + len(FACTORS), lambda measured: alone(measured.scale_up_standardized())
         )
     return found
 
 
 def judge(detector: Detector, measured: Measured) -> dict[str, Any]:
     """Return what a detector makes of a case: for each attack AUROC, and FAR and FRR at each target."""
-    scores, nlls = detector.scores(measured)
     return {
         "passes": detector.passes,
-        "attacks": judge_scores(scores, nlls, detector.at, calibrated=detector.calibrated),
+        "attacks": judge_evidence(detector.look(measured), detector.at, calibrated=detector.calibrated),
     }
 
 
-def judge_scores(
-    scores: Scores, nlls: Scores | None = None, at: float | None = None, *, calibrated: bool = True
-) -> dict[str, dict[str, Any]]:
+def judge_evidence(known: Known, at: float | None = None, *, calibrated: bool = True) -> dict[str, dict[str, Any]]:
     """Return, for each attack, AUROC, and FAR and FRR at each target; None where calibration images are too few for it.
 
     Args:
-        scores: the lower, the more suspicious.
-        nlls: the higher, the more suspicious, where they have a say.
+        known: of calibration, clean and trojaned images.
         at: see `Detector`.
         calibrated: see `Detector`.
     """
-    regions = peel(scores[CALIBRATION], *((None, 1.0) if nlls is None else (nlls[CALIBRATION], STRIP_SHARE)))
-    if nlls is None:
-        suspicion = {name: -part for name, part in scores.items()}
-    else:
-        suspicion = {name: -regions.p_value(part, nlls[name]) for name, part in scores.items()}
+    scores = {name: evidence.scores() for name, evidence in known.items()}
+    count = scores[CALIBRATION].shape[1]
+    regions, _ = regions_for(known[CALIBRATION], TARGETS[1])
+    # A p-value cannot tell inputs apart that no calibration image is as suspicious as; a single score can.
+    suspicion = {name: -part[0] if len(part) == 1 else -regions.p_value(part) for name, part in scores.items()}
     results: dict[str, dict[str, Any]] = {}
     for attack in (name for name in scores if name not in (CALIBRATION, CLEAN)):
         result: dict[str, Any] = {"auroc": auroc(suspicion[CLEAN], suspicion[attack])}
         if at is not None:
-            result["fixed"] = errors_of(*(is_trojaned(scores[name], at) for name in (CLEAN, attack)))
+            result["fixed"] = errors_of(*(is_trojaned(scores[name][0], at) for name in (CLEAN, attack)))
         for target in TARGETS if calibrated else ():
             result[f"at_{target:g}"] = None
-            if len(scores[CALIBRATION]) >= least_images(target, "strip" if nlls is None else "consensus"):
-                verdicts = (
-                    rejects(regions, target, scores[name], None if nlls is None else nlls[name])
-                    for name in (CLEAN, attack)
-                )
+            if count >= least_images(target, with_nlls=known[CALIBRATION].nlls is not None):
+                regions, _ = regions_for(known[CALIBRATION], target)
+                verdicts = (rejects(regions, target, scores[name]) for name in (CLEAN, attack))
                 result[f"at_{target:g}"] = errors_of(*verdicts)
         results[attack] = result
     return results
 
 
-def rejects(regions: Regions, target: float, scores: Floats, nlls: Floats | None) -> NDArray[np.bool_]:
+def rejects(regions: Regions, target: float, scores: Floats) -> NDArray[np.bool_]:
     """Return which images lie in the largest region that a clean input is in no more often than the target has it.
 
-    `detector.calibration.calibrate` takes the same thresholds, and refuses where ties leave no region of the size asked
-    for; here a smaller one is taken then, or none, which rejects nothing.
+    `detector.calibration.calibrate` takes the same thresholds, and refuses where there is none; here none rejects
+    nothing.
+
+    Args:
+        regions: of the calibration images.
+        target: the false rejection rate aimed at.
+        scores: (scores, images), the lower, the more suspicious.
     """
-    within = int(np.searchsorted(regions.p_values, target + 1e-9, side="right"))
+    within = regions.within(target)
     if within == 0:
-        return np.zeros(len(scores), bool)
-    rejected = is_trojaned(scores, float(regions.entropies_bits[within - 1]))
-    if nlls is not None:
-        rejected = rejected | is_disputed(nlls, float(regions.nlls[within - 1]))
-    return np.asarray(rejected)
+        return np.zeros(scores.shape[1], bool)
+    broken = ~np.isfinite(scores)
+    return np.asarray((broken | (scores <= regions.thresholds[:, within - 1, None])).any(axis=0))
 
 
 def errors_of(clean: NDArray[np.bool_], trojaned: NDArray[np.bool_]) -> dict[str, Any]:
@@ -211,31 +216,27 @@ def errors_of(clean: NDArray[np.bool_], trojaned: NDArray[np.bool_]) -> dict[str
     return {"far": accepted.to_json(), "frr": rejected.to_json()}
 
 
-def _strip(alpha: float) -> Callable[[Measured], tuple[Scores, None]]:
-    def measure(measured: Measured) -> tuple[Scores, None]:
-        return {name: score_bits(rows, "strip") for name, rows in measured.entropies(alpha).items()}, None
+def alone(scores: Scores) -> Known:
+    """Return evidence that is one score."""
+    return {name: Evidence(part) for name, part in scores.items()}
 
-    return measure
+
+def _strip(alpha: float) -> Callable[[Measured], Known]:
+    def look(measured: Measured) -> Known:
+        return alone({name: score_bits(rows, "strip") for name, rows in measured.entropies(alpha).items()})
+
+    return look
 
 
 def _consensus(repaired: Path | None) -> Detector:
     """Return `consensus` with a repaired network, or where there is none."""
 
-    def measure(measured: Measured) -> tuple[Scores, Scores | None]:
-        entropies = measured.entropies(ALPHAS["consensus"])
-        bits = {name: score_bits(rows, "consensus") for name, rows in entropies.items()}
-        return bits, None if repaired is None else measured.nlls(repaired)
+    def look(measured: Measured) -> Known:
+        entropies, plain = measured.entropies(ALPHAS["consensus"]), measured.plain()
+        nlls = {} if repaired is None else measured.nlls(repaired)
+        return {
+            name: Evidence(score_bits(rows, "consensus"), plain[name][0], nlls.get(name))
+            for name, rows in entropies.items()
+        }
 
-    return Detector(COUNT if repaired is None else COUNT + 1, measure)
-
-
-def plain_entropies(session: onnxruntime.InferenceSession, images: NDArray[np.uint8]) -> Floats:
-    """Return the entropies of the network's answers to images as they are, (images,), in bits.
-
-    Args:
-        session: on the sentinel's graph.
-        images: (images, height, width, channels), uint8.
-    """
-    parts = np.array_split(images, max(1, len(images) // 32))
-    answers = [session.run(None, {"perturbations": part[:, None].astype(np.float32)})[0] for part in parts]
-    return np.concatenate([perturbation_entropies_bits(answer)[:, 0] for answer in answers])
+    return Detector(COUNT + 1, look)

@@ -11,8 +11,8 @@ from benchmarks.detection.cases import OVERLAYS, TARGETS, Material, some
 from benchmarks.detection.detectors import errors_of, rejects
 from detector.calibration import ALPHAS as DEFAULT_ALPHAS
 from detector.calibration import least_images, quantile_rank
-from detector.conformal import DETECTORS, Floats, peel
-from detector.scores import score_bits
+from detector.conformal import Floats, peel
+from detector.scores import DETECTORS, score_bits
 from detector.statistics import auroc
 from exporter.entropies import OnProgress, entropy_matrix
 from exporter.overlays import choose_greedily
@@ -108,6 +108,6 @@ def _errors(scores: list[Floats], target: float) -> dict[str, Any] | None:
     calibration, clean, trojaned = scores
     if len(calibration) < least_images(target):
         return None
-    regions = peel(calibration)
-    errors = errors_of(*(rejects(regions, target, part, None) for part in (clean, trojaned)))
-    return errors | {"threshold_bits": float(regions.entropies_bits[quantile_rank(target, len(calibration)) - 1])}
+    regions = peel(calibration[None])
+    errors = errors_of(*(rejects(regions, target, part[None]) for part in (clean, trojaned)))
+    return errors | {"threshold_bits": float(regions.thresholds[0, quantile_rank(target, len(calibration)) - 1])}

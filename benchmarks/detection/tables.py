@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.detection.cases import CASES, JOINED, TARGETS
 from benchmarks.detection.detectors import compared
 from benchmarks.detection.sweeps import SWEPT_TARGETS, WEIGHTS
-from detector.conformal import DETECTORS
+from detector.scores import DETECTORS
 from detector.statistics import Proportion
 
 CSV_NAME = "detection.csv"

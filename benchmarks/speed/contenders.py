@@ -12,6 +12,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deploy.embedded.server import EmbeddedTriton
+from detector.calibration import ThresholdRule
 from exporter.badnet import MODEL_FILE, VALIDATION_FILE
 from exporter.export import Data, ExportOptions, export
 from exporter.repair import RepairOptions
@@ -29,7 +30,7 @@ CONTENDERS = (BARE, NAIVE, ENSEMBLE, FUSED, FUSED_WHOLE)
 
 _NAIVE = Path(__file__).with_name("naive")
 _NAIVE_ANSWERS = {"label", "trojaned", "entropy"}
-_NOT_NAIVE = {"sentinel_label", "sentinel_perturbations"}
+_NOT_NAIVE = {"sentinel_plain_entropy", "sentinel_label", "sentinel_perturbations"}
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,11 @@ def contenders(badnet: Path, folder: Path) -> Iterator[list[Contender]]:
         badnet: folder of a trained BadNet, see `exporter.badnet`.
         folder: where the repositories go.
     """
+    unrepaired, strip = RepairOptions(method="none"), ThresholdRule(detector="strip")
     repositories = {
-        ENSEMBLE: ExportOptions(repair=RepairOptions(method="none")),
-        FUSED: ExportOptions(repair=RepairOptions(method="none"), layout="fused"),
-        FUSED_WHOLE: ExportOptions(repair=RepairOptions(method="none"), layout="fused", early_exit=False),
+        ENSEMBLE: ExportOptions(repair=unrepaired, rule=strip),
+        FUSED: ExportOptions(repair=unrepaired, rule=strip, layout="fused"),
+        FUSED_WHOLE: ExportOptions(repair=unrepaired, rule=strip, layout="fused", early_exit=False),
     }
     for name, options in repositories.items():
         export(badnet / MODEL_FILE, Data(badnet / VALIDATION_FILE), folder / name, options)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detector.calibration import Calibration
-from detector.scores import score_bits
+from detector.scores import Evidence
 from exporter.preprocessing import Preprocessing
 from exporter.pruning import Pruning
 from exporter.repair import ATTACK_SUCCESS_GOAL, Repair
@@ -24,7 +24,9 @@ MEASURED = 1000
 _EXAMPLES = 4
 
 Measure = Callable[[Samples], NDArray[np.float32]]
-"""Entropy of each image under each overlay, (images, overlays), in bits; or nll of each, (images,), in nats."""
+"""Entropy of each image under each overlay, (images, overlays), in bits."""
+Weigh = Callable[[Samples, NDArray[np.float32]], Evidence]
+"""What the guard knows of images, given their entropies under each overlay."""
 
 
 def collect(
@@ -43,7 +45,7 @@ def collect(
     calibration: Calibration,
     calibration_entropies_bits: NDArray[np.float32],
     entropies_of: Measure,
-    nlls_of: Measure,
+    evidence_of: Weigh,
     commands: tuple[tuple[str, ...], ...],
 ) -> ReportData:
     """Measure what the report needs beyond what the export knows."""
@@ -52,23 +54,19 @@ def collect(
     networks = (model, repair.model)
     held_out_entropies = entropies_of(held_out)
     trojaned_entropies = None if trojaned is None else entropies_of(trojaned)
-    alone = not calibration.asks_repaired
-    held_out_nlls = None if alone else nlls_of(held_out)
-    trojaned_nlls = None if alone or trojaned is None else nlls_of(trojaned)
+    of_held_out = evidence_of(held_out, held_out_entropies)
+    of_trojaned = None if trojaned is None or trojaned_entropies is None else evidence_of(trojaned, trojaned_entropies)
 
     def examples(
-        samples: Samples,
-        truth: NDArray[np.int64] | None,
-        entropies: NDArray[np.float32],
-        nlls: NDArray[np.float32] | None,
+        samples: Samples, truth: NDArray[np.int64] | None, entropies: NDArray[np.float32], evidence: Evidence
     ) -> Examples:
-        verdicts = calibration.rejects(score_bits(entropies, calibration.detector), nlls)
+        verdicts = calibration.thresholds.reject(evidence)
         return _examples(networks, samples, truth, entropies.mean(axis=1), verdicts, preprocessing)
 
-    clean_examples = examples(held_out, held_out.labels, held_out_entropies, held_out_nlls)
+    clean_examples = examples(held_out, held_out.labels, held_out_entropies, of_held_out)
     trojaned_examples = None
-    if trojaned is not None and trojaned_entropies is not None:
-        trojaned_examples = examples(trojaned, trojaned.true_labels, trojaned_entropies, trojaned_nlls)
+    if trojaned is not None and trojaned_entropies is not None and of_trojaned is not None:
+        trojaned_examples = examples(trojaned, trojaned.true_labels, trojaned_entropies, of_trojaned)
     others = {"attack samples that may end the repair": deciding, "attack samples": attack}
     parts = tuple(
         Part(name, len(part), part.sha256()) for name, part in (vars(split) | others).items() if part is not None
@@ -88,8 +86,8 @@ def collect(
         calibration_entropies_bits=calibration_entropies_bits,
         held_out_entropies_bits=held_out_entropies,
         trojaned_entropies_bits=trojaned_entropies,
-        held_out_nlls=held_out_nlls,
-        trojaned_nlls=trojaned_nlls,
+        held_out=of_held_out,
+        trojaned=of_trojaned,
         clean_examples=clean_examples,
         trojaned_examples=trojaned_examples,
         parts=parts,

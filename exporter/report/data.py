@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from detector.calibration import Calibration
-from detector.scores import score_bits
+from detector.scores import Evidence
 from detector.statistics import Proportion
 from exporter.repair import Step
 
@@ -112,8 +111,8 @@ class ReportData:
             float, in bits; an image's entropy is the mean over N.
         held_out_entropies_bits: likewise, of clean images that had no part in choosing the threshold.
         trojaned_entropies_bits: likewise, of attack samples; None without them.
-        held_out_nlls: nll of the same held-out images, (images,), float, in nats; None where STRIP decides alone.
-        trojaned_nlls: likewise, of the same attack samples.
+        held_out: what the guard knows of the same held-out images.
+        trojaned: likewise, of the same attack samples; None without them.
         clean_examples: a few clean inputs.
         trojaned_examples: a few attack samples; None without them.
         parts: what the clean data was split into, and the attack samples.
@@ -134,8 +133,8 @@ class ReportData:
     calibration_entropies_bits: NDArray[np.floating[Any]]
     held_out_entropies_bits: NDArray[np.floating[Any]]
     trojaned_entropies_bits: NDArray[np.floating[Any]] | None
-    held_out_nlls: NDArray[np.floating[Any]] | None
-    trojaned_nlls: NDArray[np.floating[Any]] | None
+    held_out: Evidence
+    trojaned: Evidence | None
     clean_examples: Examples
     trojaned_examples: Examples | None
     parts: tuple[Part, ...]
@@ -151,29 +150,25 @@ class ReportData:
         """Whether the repair changed anything."""
         return self.kept != self.steps[0].name
 
-    @cached_property
+    @property
     def held_out_bits(self) -> NDArray[np.float64]:
-        """Entropy of each held-out image, see `mean_bits`."""
-        return mean_bits(self.held_out_entropies_bits, self.calibration.detector)
+        """Entropy of each held-out image, see `lowest_if_broken`."""
+        return lowest_if_broken(self.held_out.bits)
 
-    @cached_property
+    @property
     def trojaned_bits(self) -> NDArray[np.float64] | None:
         """Likewise, of each attack sample; None without them."""
-        if self.trojaned_entropies_bits is None:
-            return None
-        return mean_bits(self.trojaned_entropies_bits, self.calibration.detector)
+        return None if self.trojaned is None else lowest_if_broken(self.trojaned.bits)
 
     @property
     def false_rejection(self) -> Proportion:
         """Held-out clean images that the guard rejects."""
-        return share(self.calibration.rejects(self.held_out_bits, self.held_out_nlls))
+        return share(self.calibration.thresholds.reject(self.held_out))
 
     @property
     def false_acceptance(self) -> Proportion | None:
         """Attack samples that the guard accepts; None without them."""
-        if self.trojaned_bits is None:
-            return None
-        return share(~self.calibration.rejects(self.trojaned_bits, self.trojaned_nlls))
+        return None if self.trojaned is None else share(~self.calibration.thresholds.reject(self.trojaned))
 
 
 def excerpt(steps: Sequence[Step], kept: str) -> list[int | None]:
@@ -191,18 +186,9 @@ def excerpt(steps: Sequence[Step], kept: str) -> list[int | None]:
     return rows
 
 
-def mean_bits(per_overlay: NDArray[np.floating[Any]], detector: str) -> NDArray[np.float64]:
-    """Return each image's entropy as the detector takes it; one that is not finite is rejected at any threshold.
-
-    Args:
-        per_overlay: (images, overlays), in bits.
-        detector: one of `detector.conformal.DETECTORS`.
-
-    Returns:
-        (images,), in bits; what is not finite becomes minus infinity.
-    """
-    means = score_bits(per_overlay.astype(np.float64), detector)
-    return np.where(np.isfinite(means), means, -np.inf)
+def lowest_if_broken(bits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Return entropies, (images,), with minus infinity for one that is not finite: it is rejected at any threshold."""
+    return np.where(np.isfinite(bits), bits.astype(np.float64), -np.inf)
 
 
 def share(happened: NDArray[np.bool_]) -> Proportion:

@@ -10,16 +10,18 @@ is {rate, low, high, successes, count}: the rate, its exact 95 % interval, and w
 - `repair`: {tried, changed, kept, stopped, goal, steps: [{name, clean_accuracy, attack_success, recovered_accuracy,
   pruned_share}]}; the repair succeeded if attack success is under `goal`.
 - `layers`: [{name, kind, output_shape, parameters, pruned_share}].
-- `guard`: {detector, threshold_bits, threshold_nll, method, target_frr, frr_low, frr_high, images, note, alpha,
-  overlays, frr, far, auroc}. `frr_low` to `frr_high` is the 95 % range that calibration expects, or what `note` says of
-  it; the proportions `frr` (held-out clean images rejected) and `far` (trojaned images accepted) were measured, of the
-  verdicts; AUROC is that of the p-values, or where the repaired network is not asked, of the entropies.
+- `guard`: {detector, threshold_bits, threshold_plain_bits, threshold_nll, method, target_frr, frr_low, frr_high,
+  images, note, alpha, overlays, frr, far, auroc}. `frr_low` to `frr_high` is the 95 % range that calibration expects,
+  or what `note` says of it; the proportions `frr` (held-out clean images rejected) and `far` (trojaned images accepted)
+  were measured, of the verdicts; AUROC is that of the p-values, or of the entropies for the detector `strip`.
 - `by_entropy`: {frr, far, auroc}: likewise, of the threshold on the entropy alone. An image's entropy is the mean over
   the overlays here and below, and the lower median for the detector `consensus`.
-- `opinions`: {held_out, trojaned}, each [[entropy in bits, nll in nats]]; null where the repaired network is not asked.
+- `opinions`: {held_out, trojaned}, each {bits, plain_bits, nlls}: of each image its entropy, the entropy of the
+  original network's answer to it as it came, and its nll in nats, null where the repaired network is not asked. Null
+  for the detector `strip`.
 - `histogram`: {edges_bits, calibration, held_out, trojaned}: images in each bin; one edge more than bins.
 - `roc`: {by_entropy, guard}, each {frr, detection_rate}: the corners of the curve, by entropy and by p-value; detection
-  rate is 1 - FAR. Null without attack samples, and `guard` where the repaired network is not asked.
+  rate is 1 - FAR. Null without attack samples, and `guard` for the detector `strip`.
 - `thresholds`: {threshold_bits, frr, frr_low, frr_high, far}: at each threshold, on held-out and trojaned images; the
   interval holds at each threshold by itself.
 - `overlays`: {count, share, clean_low_bits, trojaned_high_bits, auroc}: with the first `count` overlays only, the
@@ -39,9 +41,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from detector.scores import score_bits
 from detector.statistics import auroc
 from detector.strip import is_trojaned
-from exporter.report.data import Examples, ReportData, mean_bits, share
+from exporter.report.data import Examples, ReportData, lowest_if_broken, share
 from exporter.report.notices import notices
 
 FORMAT = 1
@@ -70,11 +73,8 @@ def document(data: ReportData, version: str, provenance: dict[str, Any]) -> dict
     else:
         entropy_far, entropy_area = share(~is_trojaned(trojaned, threshold)), auroc(-held_out, -trojaned)
         area = entropy_area
-        if data.held_out_nlls is not None:
-            p_values = [
-                calibration.regions.p_value(entropies, nlls)
-                for entropies, nlls in ((held_out, data.held_out_nlls), (trojaned, data.trojaned_nlls))
-            ]
+        if detector != "strip" and data.trojaned is not None:
+            p_values = [calibration.regions.p_value(evidence.scores()) for evidence in (data.held_out, data.trojaned)]
             area, guard_roc = auroc(-p_values[0], -p_values[1]), _roc(*p_values)
     written = {
         "format": FORMAT,
@@ -104,8 +104,8 @@ def document(data: ReportData, version: str, provenance: dict[str, Any]) -> dict
             "far": None if entropy_far is None else entropy_far.to_json(),
             "auroc": entropy_area,
         },
-        "opinions": _opinions(held_out, trojaned, data),
-        "histogram": _histogram(mean_bits(data.calibration_entropies_bits, detector), held_out, trojaned, detector),
+        "opinions": _opinions(data),
+        "histogram": _histogram(_scores(data.calibration_entropies_bits, detector), held_out, trojaned, detector),
         "roc": None if trojaned is None else {"by_entropy": _roc(held_out, trojaned), "guard": guard_roc},
         "thresholds": _thresholds(held_out, trojaned, threshold, detector),
         "overlays": _by_overlays(data),
@@ -137,15 +137,18 @@ def _histogram(
     return {"edges_bits": edges, **counts}
 
 
-def _opinions(
-    held_out: NDArray[np.float64], trojaned: NDArray[np.float64] | None, data: ReportData
-) -> dict[str, Any] | None:
-    if data.held_out_nlls is None:
+def _opinions(data: ReportData) -> dict[str, Any] | None:
+    if data.calibration.detector == "strip":
         return None
-    shown = None
-    if trojaned is not None and data.trojaned_nlls is not None:
-        shown = np.stack([trojaned, data.trojaned_nlls], axis=1)
-    return {"held_out": np.stack([held_out, data.held_out_nlls], axis=1), "trojaned": shown}
+    return {
+        name: None if part is None else vars(part)
+        for name, part in (("held_out", data.held_out), ("trojaned", data.trojaned))
+    }
+
+
+def _scores(entropies_bits: NDArray[np.floating[Any]], detector: str) -> NDArray[np.float64]:
+    """Return each image's entropy as the detector takes it, from that under each overlay, (images, overlays)."""
+    return lowest_if_broken(score_bits(entropies_bits.astype(np.float64), detector))
 
 
 def _roc(clean: NDArray[np.floating[Any]], trojaned: NDArray[np.floating[Any]]) -> dict[str, Any]:
@@ -199,11 +202,11 @@ def _by_overlays(data: ReportData) -> dict[str, Any]:
     total = len(data.overlays)
     counts = np.unique(np.linspace(1, total, min(total, _OVERLAY_COUNTS)).round().astype(int))
     detector = data.calibration.detector
-    clean = [mean_bits(data.held_out_entropies_bits[:, :count], detector) for count in counts]
+    clean = [_scores(data.held_out_entropies_bits[:, :count], detector) for count in counts]
     low = [np.quantile(entropies, share, method="lower") for entropies in clean]
     high = separation = None
     if data.trojaned_entropies_bits is not None:
-        trojaned = [mean_bits(data.trojaned_entropies_bits[:, :count], detector) for count in counts]
+        trojaned = [_scores(data.trojaned_entropies_bits[:, :count], detector) for count in counts]
         high = [np.quantile(entropies, 1.0 - share, method="higher") for entropies in trojaned]
         separation = [auroc(-one, -other) for one, other in zip(clean, trojaned, strict=True)]
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from exporter.report.notices import percent
 
@@ -55,6 +55,7 @@ _STYLE: Any = {
 }
 _WIDTH_INCHES = 4.0  # so that text keeps its size on a telephone, and is no giant's on a desk
 _NAMES_SHOWN = 8
+_LEAST_BITS = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _histogram(numbers: dict[str, Any]) -> Drawn:
     edges, threshold = histogram["edges_bits"], numbers["guard"]["threshold_bits"]
     groups = {"clean": histogram["held_out"]}
     sentence = (
-        f"What lies at or left of the threshold of {threshold:.3f} bits is rejected: "
+        f"What lies at or left of the threshold of {_bits(threshold)} is rejected: "
         f"{percent(guard['frr']['rate'])} of {guard['frr']['count']} clean images that had no part in choosing it"
     )
     if guard["far"] is None:
@@ -146,7 +147,7 @@ def _histogram(numbers: dict[str, Any]) -> Drawn:
                 scale = sum(counts) / sum(histogram["calibration"])
                 scaled = np.multiply(histogram["calibration"], scale)
                 axes.stairs(scaled, edges, color=_TEXT, linewidth=0.9, label="calibration, scaled to it")
-            threshold_label = f"threshold {threshold:.3f} bits" if axes is rows[-1] else None
+            threshold_label = f"threshold {_bits(threshold)}" if axes is rows[-1] else None
             axes.axvline(threshold, color=_TEXT, linestyle="--", linewidth=1, label=threshold_label)
             axes.set_ylabel("images")
             axes.yaxis.get_major_locator().set_params(integer=True, nbins=4)
@@ -158,36 +159,72 @@ def _histogram(numbers: dict[str, Any]) -> Drawn:
 
 
 def _opinions(numbers: dict[str, Any]) -> Drawn:
-    opinions, guard, title = numbers["opinions"], numbers["guard"], "Two opinions on each input"
+    opinions, guard, title = numbers["opinions"], numbers["guard"], "What the guard looks at, for each input"
     if opinions is None:
-        return Drawn("opinions", title, "The repaired network was not asked.", None)
-    bits, nats = guard["threshold_bits"], guard["threshold_nll"]
+        return Drawn("opinions", title, "STRIP looks at the entropy alone.", None)
+    bits, plain_bits, nats = (guard[f"threshold_{name}"] for name in ("bits", "plain_bits", "nll"))
+    criteria = [f"at or under {_bits(bits)} for its blends"]
+    if plain_bits is not None:
+        criteria.append(f"at or under {_bits(plain_bits)} as it came, of which the original network is too sure")
+    if nats is not None:
+        criteria.append(
+            f"at or over {nats:.2f} nats, where the repaired network gives too little probability to what the original "
+            "sees"
+        )
     sentence = (
-        f"An input is rejected at or left of {bits:.3f} bits, or at or above {nats:.2f} nats, where the repaired "
-        "network gives too little probability to what the original sees. Both together reject "
-        f"{percent(guard['frr']['rate'])} of clean inputs"
+        f"An input is rejected {', or '.join(criteria)}. Together this rejects {percent(guard['frr']['rate'])} of "
+        "clean inputs"
     )
     if guard["far"] is not None:
         sentence += f" and {percent(1 - guard['far']['rate'])} of trojaned ones"
+    both = (("trojaned", _TROJANED, "x"), ("held_out", _CLEAN, "o"))
+    blends = ("bits", bits, "entropy (median, bits)")
+    plain = ("plain_bits", plain_bits, "entropy as it came (bits)")
+    panels = (
+        [(blends, plain)] if nats is None else [(blends, ("nlls", nats, "nll (nats)")), (plain, ("nlls", nats, ""))]
+    )
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for name, colour, marker in (("trojaned", _TROJANED, "x"), ("held_out", _CLEAN, "o")):
-            if opinions[name] is not None:
-                points = np.array([[np.nan if value is None else value for value in row] for row in opinions[name]])
+        for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+            for name, colour, marker in both:
+                if opinions[name] is None:
+                    continue
                 label = "clean, held out" if name == "held_out" else name
-                axes.plot(*points.T, marker, color=colour, markersize=3, alpha=0.5, label=label, clip_on=False)
-        axes.axvline(bits, color=_TEXT, linestyle="--", linewidth=1, label="thresholds")
-        axes.axhline(nats, color=_TEXT, linestyle="--", linewidth=1)
-        # What both agree on is crowded at 0, and what they do not spreads over orders of magnitude.
-        axes.set_yscale("symlog", linthresh=0.1)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_ylim(bottom=0)
-        _entropy_axis(axes, numbers)
-        axes.set_ylabel("nll (nats)")
+                points = [
+                    _positive(opinions[name][key]) if key != "nlls" else opinions[name][key] for key, _, _ in panel
+                ]
+                points = [[np.nan if value is None else value for value in values] for values in points]
+                first = label if axes is figure.axes[0] else None
+                axes.plot(*points, marker, color=colour, markersize=3, alpha=0.5, label=first, clip_on=False)
+            for (key, threshold, what), line, axis in zip(panel, (axes.axvline, axes.axhline), "xy", strict=True):
+                if threshold is not None:
+                    first = "thresholds" if axis == "x" and axes is figure.axes[0] else None
+                    line(threshold, color=_TEXT, linestyle="--", linewidth=1, label=first)
+                axes.set(**{f"{axis}label": what})
+                if key == "nlls":
+                    # What both agree on is crowded at 0, and what they do not spreads over orders of magnitude.
+                    axes.set_yscale("symlog", linthresh=0.1)
+                    axes.yaxis.set_major_formatter("{x:g}")
+                    axes.set_ylim(bottom=0)
+                else:
+                    axes.set(**{f"{axis}scale": "log"})
+                    drawn = axes.xaxis if axis == "x" else axes.yaxis
+                    drawn.set_major_locator(LogLocator(numticks=4))
+                    drawn.set_major_formatter("{x:g}")
+                    drawn.set_minor_formatter(NullFormatter())
+        figure.get_layout_engine().set(wspace=0.1)
         _legend(figure)
 
     return Drawn("opinions", title, sentence + ".", _svg("opinions", 3.4, draw))
+
+
+def _positive(bits: Sequence[float | None]) -> list[float | None]:
+    """Return entropies for a logarithmic axis, on which those of 0 bits stand at its lower end."""
+    return [None if value is None else max(value, _LEAST_BITS) for value in bits]
+
+
+def _bits(value: float) -> str:
+    return f"{value:.3g} bits"
 
 
 def _roc(numbers: dict[str, Any]) -> Drawn:
@@ -232,7 +269,7 @@ def _thresholds(numbers: dict[str, Any]) -> Drawn:
     curve, in_use = numbers["thresholds"], numbers["guard"]["threshold_bits"]
     at, frr = curve["threshold_bits"], numbers["by_entropy"]["frr"]
     sentence = (
-        f"At {in_use:.3f} bits, {percent(frr['rate'])} of {frr['count']} held-out clean images are "
+        f"At {_bits(in_use)}, {percent(frr['rate'])} of {frr['count']} held-out clean images are "
         f"rejected (95 % interval {percent(frr['low'])} to {percent(frr['high'])}); a higher threshold catches "
         "more and rejects more."
     )
@@ -263,7 +300,7 @@ def _overlays(numbers: dict[str, Any]) -> Drawn:
         return Drawn("overlays", title, "There is nothing to compare: STRIP uses a single overlay.", None)
     sentence = (
         f"With all {counts[-1]} overlays, {percent(share)} of clean inputs have less than "
-        f"{curve['clean_low_bits'][-1]:.3f} bits (with one alone, {curve['clean_low_bits'][0]:.3f})"
+        f"{_bits(curve['clean_low_bits'][-1])} (with one alone, {_bits(curve['clean_low_bits'][0])})"
     )
     separation = curve["auroc"]
     if separation is not None:

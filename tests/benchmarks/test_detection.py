@@ -18,13 +18,13 @@ from benchmarks.detection.cases import CASES, PLANS, Case, Material, faces
 from benchmarks.detection.measure import measure
 from benchmarks.detection.plots import draw
 from benchmarks.detection.tables import read_results, rows, tables, write_csv
-from detector.conformal import DETECTORS as DETECTORS_OF_STRIPWIRE
+from detector.scores import DETECTORS as DETECTORS_OF_STRIPWIRE
 
 DETECTORS = {
     "strip (report)": 10,
     "strip 0.5": 10,
     "strip 0.7": 10,
-    "consensus": 10,
+    "consensus": 11,
     "consensus + bounds": 11,
     "confidence": 1,
     "ART's STRIP": 10,
@@ -112,7 +112,7 @@ def test_a_repaired_network_that_is_gone_is_made_again_with_what_was_measured_of
     file.write_text(json.dumps(whole))
     told: list[str] = []
     measure(material, file, images=40, only=("bounds",), report=lambda text, *_: told.append(text))
-    assert {"Bounding features", "Asking both networks"} <= set(told)
+    assert {"Bounding features", "Asking the repaired network"} <= set(told)
     assert "Measuring SCALE-UP" not in told
     assert set(read(file)["detectors"]) == set(DETECTORS)
 

@@ -7,9 +7,10 @@ import pytest
 from numpy.typing import NDArray
 
 from benchmarks.detection.cases import TARGETS
-from benchmarks.detection.detectors import CALIBRATION, CLEAN, judge_scores, rejects
-from detector.calibration import STRIP_SHARE, calibrate
+from benchmarks.detection.detectors import CALIBRATION, CLEAN, alone, judge_evidence, rejects
+from detector.calibration import SHARES, calibrate
 from detector.conformal import peel
+from detector.scores import Evidence
 
 GENERATOR = np.random.default_rng(0)
 
@@ -19,21 +20,20 @@ def spread(count: int) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("with_nlls", [False, True])
-def test_thresholds_are_those_of_the_detector(target: float, with_nlls: bool) -> None:
-    bits, nlls = spread(1999), spread(1999) if with_nlls else None
-    judged_bits, judged_nlls = spread(5000) / 10, spread(5000) * 2.0 if with_nlls else None
-    calibration = calibrate(bits, target, nlls, detector="consensus" if with_nlls else "strip")
-    regions = peel(bits, nlls, STRIP_SHARE if with_nlls else 1.0)
-    found = rejects(regions, target, judged_bits, judged_nlls)
+@pytest.mark.parametrize("scores", [1, 2, 3])
+def test_thresholds_are_those_of_the_detector(target: float, scores: int) -> None:
+    known = Evidence(*(spread(1999) for _ in range(scores)))
+    judged = Evidence(*(spread(5000) * factor for factor in (0.1, 0.1, 2.0)[:scores]))
+    calibration = calibrate(known, target)
+    found = rejects(peel(known.scores(), SHARES[scores]), target, judged.scores())
     assert 0 < found.sum() < 5000
-    np.testing.assert_array_equal(found, calibration.rejects(judged_bits, judged_nlls))
+    np.testing.assert_array_equal(found, calibration.thresholds.reject(judged))
 
 
 def test_far_counts_trojaned_images_over_the_threshold_and_frr_clean_ones_under_it() -> None:
     calibration = np.arange(1.0, 100.0)  # of 99, the first is the threshold for 1 %, the fifth the one for 5 %
     scores = {CALIBRATION: calibration, CLEAN: np.array([1.0, 4.0, 6.0, 9.0]), "patch": np.array([0.5, 1.0, 5.0, 5.5])}
-    found = judge_scores(scores)["patch"]
+    found = judge_evidence(alone(scores))["patch"]
     assert found["at_0.001"] is None  # takes 999 images
     assert (found["at_0.01"]["far"]["successes"], found["at_0.01"]["frr"]["successes"]) == (2, 1)
     assert (found["at_0.05"]["far"]["successes"], found["at_0.05"]["frr"]["successes"]) == (1, 2)
@@ -44,7 +44,7 @@ def test_far_counts_trojaned_images_over_the_threshold_and_frr_clean_ones_under_
 
 def test_a_threshold_that_a_detector_comes_with_is_used_as_it_is() -> None:
     scores = {CALIBRATION: np.ones(20), CLEAN: np.array([0.4, 0.6]), "patch": np.array([0.5, 0.1, 0.7])}
-    found = judge_scores(scores, at=0.5, calibrated=False)["patch"]
+    found = judge_evidence(alone(scores), at=0.5, calibrated=False)["patch"]
     assert set(found) == {"auroc", "fixed"}
     assert (found["fixed"]["far"]["successes"], found["fixed"]["frr"]["successes"]) == (1, 1)
 
@@ -52,7 +52,7 @@ def test_a_threshold_that_a_detector_comes_with_is_used_as_it_is() -> None:
 def test_ties_that_leave_no_threshold_reject_nothing() -> None:
     ties = np.concatenate([np.zeros(10), np.ones(89)])
     scores = {CALIBRATION: ties, CLEAN: np.zeros(5), "patch": np.zeros(5)}
-    found = judge_scores(scores)["patch"]
+    found = judge_evidence(alone(scores))["patch"]
     assert found["at_0.05"]["far"]["rate"] == 1.0
     assert found["at_0.05"]["frr"]["rate"] == 0.0
     assert found["auroc"] == 0.5
@@ -60,8 +60,7 @@ def test_ties_that_leave_no_threshold_reject_nothing() -> None:
 
 def test_consensus_needs_twice_as_many_images() -> None:
     scores = {CALIBRATION: spread(150), CLEAN: spread(5), "patch": spread(5)}
-    nlls = {name: spread(len(part)) for name, part in scores.items()}
-    assert judge_scores(scores)["patch"]["at_0.01"] is not None
-    found = judge_scores(scores, nlls)["patch"]
+    assert judge_evidence(alone(scores))["patch"]["at_0.01"] is not None
+    found = judge_evidence({name: Evidence(part, part, part) for name, part in scores.items()})["patch"]
     assert found["at_0.01"] is None
     assert found["at_0.05"] is not None

@@ -2,46 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy import stats
 
-from detector.calibration import ThresholdRule, calibrate, fixed_threshold, normal_threshold
+from detector.calibration import Calibration, ThresholdRule, calibrate, fixed_threshold, normal_threshold
 from detector.errors import CalibrationError, InputError, StripwireError
+from detector.scores import Evidence, Thresholds
+
+
+def by_strip(entropies: NDArray[np.float64], target_frr: float) -> Calibration:
+    """Calibrate on mean entropies, (images,)."""
+    return calibrate(Evidence(entropies), target_frr)
 
 
 def test_the_threshold_is_the_order_statistic_by_hand() -> None:
-    calibration = calibrate(np.arange(1.0, 100.0), 0.05)  # 99 entropies: rank 5 of 100
+    calibration = by_strip(np.arange(1.0, 100.0), 0.05)  # 99 entropies: rank 5 of 100
     assert calibration.threshold_bits == 5.0
     assert calibration.calibration_frr == pytest.approx(5 / 99)
     assert calibration.images == 99
 
 
 def test_nineteen_images_are_the_fewest_for_five_percent() -> None:
-    assert calibrate(np.arange(1.0, 20.0), 0.05).threshold_bits == 1.0
+    assert by_strip(np.arange(1.0, 20.0), 0.05).threshold_bits == 1.0
     with pytest.raises(CalibrationError, match="18 clean calibration images, expected at least 19"):
-        calibrate(np.arange(1.0, 19.0), 0.05)
+        by_strip(np.arange(1.0, 19.0), 0.05)
 
 
 def test_further_clean_inputs_are_rejected_at_the_target_rate_on_average() -> None:
     generator = np.random.default_rng(0)
-    rates = [stats.norm.cdf(calibrate(generator.normal(0, 1, 60), 0.1).threshold_bits) for _ in range(4000)]
+    rates = [stats.norm.cdf(by_strip(generator.normal(0, 1, 60), 0.1).threshold_bits) for _ in range(4000)]
     assert np.mean(rates) <= 0.1 + 3 * np.std(rates) / np.sqrt(4000)
     assert np.mean(rates) == pytest.approx(6 / 61, abs=3 * np.std(rates) / np.sqrt(4000))
 
 
 def test_the_range_of_the_false_rejection_rate_holds_nineteen_times_in_twenty() -> None:
     generator = np.random.default_rng(1)
-    calibrations = [calibrate(generator.normal(0, 1, 200), 0.05) for _ in range(2000)]
+    calibrations = [by_strip(generator.normal(0, 1, 200), 0.05) for _ in range(2000)]
     inside = [c.frr_low <= stats.norm.cdf(c.threshold_bits) <= c.frr_high for c in calibrations]
     assert np.mean(inside) == pytest.approx(0.95, abs=0.02)
 
 
 def test_ties_that_would_break_the_promise_are_refused() -> None:
     with pytest.raises(CalibrationError, match="30 of 100 calibration images"):
-        calibrate(np.concatenate([np.zeros(30), np.arange(1.0, 71.0)]), 0.05)
+        by_strip(np.concatenate([np.zeros(30), np.arange(1.0, 71.0)]), 0.05)
 
 
 def test_a_given_threshold_reports_what_clean_images_say_of_it() -> None:
@@ -55,13 +63,13 @@ def test_a_given_threshold_reports_what_clean_images_say_of_it() -> None:
 @pytest.mark.parametrize("target", [0.0, 1.0, -0.1, float("nan")])
 def test_a_target_that_is_no_rate_is_refused(target: float) -> None:
     with pytest.raises(InputError, match="target FRR: got"):
-        calibrate(np.arange(100.0), target)
+        by_strip(np.arange(100.0), target)
 
 
 @pytest.mark.parametrize("entropies", [np.empty(0), np.array([1.0, np.nan])])
 def test_a_sample_that_cannot_be_ranked_is_refused(entropies: np.ndarray) -> None:  # type: ignore[type-arg]
     with pytest.raises(StripwireError, match="calibration"):
-        calibrate(entropies, 0.5)
+        by_strip(entropies, 0.5)
 
 
 @pytest.mark.parametrize("threshold", [-0.1, float("inf"), float("nan")])
@@ -132,13 +140,46 @@ def test_a_rule_that_makes_no_sense_is_refused(values: tuple[Any, ...], message:
         ThresholdRule(*values)
 
 
-def test_consensus_needs_an_image_for_each_of_its_thresholds() -> None:
-    entropies, nlls = np.arange(1.0, 40.0), np.arange(39.0)
-    calibration = calibrate(entropies, 0.05, nlls, detector="consensus")
-    assert (calibration.threshold_bits, calibration.threshold_nll) == (1.0, 38.0)
-    assert calibration.rejects(np.array([1.0, 1.1, 1.1]), np.array([0.0, 38.0, 37.9])).tolist() == [True, True, False]
+def test_entropies_and_nll_need_an_image_each() -> None:
+    images = Evidence(np.arange(1.0, 40.0), np.arange(41.0, 80.0), np.arange(39.0))
+    calibration = calibrate(images, 0.05, detector="consensus")
+    # Two of 39: the first by its nll, the second by the median of its entropies.
+    assert calibration.thresholds == Thresholds(1.0, None, 38.0)
+    new = Evidence(np.array([1.0, 1.1, 1.1]), np.zeros(3), np.array([0.0, 38.0, 37.9]))
+    assert calibration.thresholds.reject(new).tolist() == [True, True, False]
+    fewer = Evidence(*(part[1:] for part in vars(images).values()))
     with pytest.raises(CalibrationError, match="38 clean calibration images, expected at least 39 images for it with"):
-        calibrate(entropies[1:], 0.05, nlls[1:], detector="consensus")
+        calibrate(fewer, 0.05, detector="consensus")
+
+
+def test_with_more_images_the_entropy_of_the_input_as_it_came_has_a_threshold_too() -> None:
+    calibration = calibrate(Evidence(np.arange(1.0, 60.0), np.arange(101.0, 160.0)[::-1], np.arange(59.0)), 0.05)
+    # Image 58 by its nll, 0 by its entropies, 57 by that of the image as it came, for which 58 comes before.
+    assert calibration.thresholds == Thresholds(1.0, 102.0, 58.0)
+
+
+@pytest.mark.parametrize("with_nlls", [False, True])
+def test_a_sentinel_that_is_equally_sure_of_too_many_images_is_not_asked_how_sure_it_is(with_nlls: bool) -> None:
+    plain_bits, nlls = np.concatenate([np.zeros(2), np.arange(1.0, 98.0)]), np.arange(99.0)[::-1] if with_nlls else None
+    images = Evidence(np.arange(1.0, 100.0)[::-1], plain_bits, nlls)
+    calibration = calibrate(images, 0.05, detector="consensus")  # of 5 rejections, it would have 2 or 1
+    if not with_nlls:
+        assert calibration.threshold_plain_bits == 0.0
+        assert calibration.note == ""
+    images = replace(images, plain_bits=np.maximum(plain_bits, 5.0))
+    calibration = calibrate(images, 0.05, detector="consensus")
+    assert calibration.thresholds == (Thresholds(3.0, None, 97.0) if with_nlls else Thresholds(5.0))
+    assert calibration.calibration_frr == 5 / 99
+    assert "equally sure of 7 of 99 calibration images" in calibration.note
+    assert len(calibration.regions.thresholds) == (3 if with_nlls else 2)  # as the server expects of consensus
+
+
+def test_where_ties_forbid_some_rejections_the_others_are_kept_and_it_is_noted() -> None:
+    calibration = by_strip(np.concatenate([np.arange(2.0), np.full(30, 2.0), np.arange(3.0, 70.0)]), 0.05)
+    assert calibration.thresholds == Thresholds(1.0)
+    assert calibration.calibration_frr == 2 / 99
+    assert calibration.note.startswith("2 of the 5 calibration images that the target FRR allows are rejected")
+    assert by_strip(np.arange(1.0, 100.0), 0.05).note == ""
 
 
 @pytest.mark.parametrize(

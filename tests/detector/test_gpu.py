@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from detector.scores import DETECTORS
 from detector.serving import SENTINEL_OUTPUTS, entropy_stage, perturb_stage
 from tests.detector import reference
 from tests.detector.test_serving import arguments, write_detector
@@ -56,14 +57,14 @@ def host(response: InferenceResponse) -> dict[str, Any]:
     return {tensor.name(): tensor.array.get() for tensor in tensors}
 
 
-@pytest.mark.parametrize("threshold_nll", [None, 2.0], ids=["strip", "consensus"])
-def test_the_image_sized_stages_stay_on_the_gpu(tmp_path: Path, threshold_nll: float | None) -> None:
-    plain = threshold_nll is not None  # whether the image as it came is before its perturbations
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_the_image_sized_stages_stay_on_the_gpu(tmp_path: Path, detector: str) -> None:
+    plain = detector == "consensus"  # whether the image as it came is before its perturbations
     generator = np.random.default_rng(0)
     overlays = generator.integers(0, 256, (3, 4, 5, 2), dtype=np.uint8)
     (tmp_path / "1").mkdir()
     np.savez(tmp_path / "1" / "overlays.npz", overlays=overlays, alpha=0.6)
-    write_detector(tmp_path, threshold_nll)
+    write_detector(tmp_path, detector)
     pb_utils = PbUtils(Tensor=GpuTensor)
     given = arguments(tmp_path, kind="GPU")
 
@@ -79,4 +80,5 @@ def test_the_image_sized_stages_stay_on_the_gpu(tmp_path: Path, threshold_nll: f
     (answer,) = entropy_stage(given, pb_utils).execute([on_gpu(list(SENTINEL_OUTPUTS), sentinel_probabilities=rows)])
     found = host(answer)
     np.testing.assert_allclose(found["sentinel_entropies"], [[0.0, 0.0], [1.0, 1.0]])
+    np.testing.assert_allclose(found["sentinel_plain_entropy"], [[0.0 if plain else -1.0]] * 2)
     assert found["sentinel_label"].tolist() == [[1 if plain else -1]] * 2

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from detector.conformal import DETECTORS
-from detector.scores import score_bits
+from detector.scores import DETECTORS, score_bits
 from tests.detector import reference
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detector.conformal import DETECTORS, peel
+from detector.calibration import SHARES
+from detector.conformal import peel
 from detector.errors import RepositoryError, SetupError
 from detector.serving import SENTINEL_OUTPUTS, entropy_stage, perturb_stage, verdict_stage
 from tests.detector import reference
@@ -38,6 +39,7 @@ def opinions(entropies: list[list[float]]) -> dict[str, Any]:
     bits = np.array(entropies, np.float32)
     return {
         "sentinel_entropies": bits,
+        "sentinel_plain_entropy": np.full((len(bits), 1), -1, np.float32),
         "sentinel_label": np.full((len(bits), 1), -1, np.int32),
         "sentinel_perturbations": np.full((len(bits), 1), bits.shape[1], np.int32),
     }
@@ -48,18 +50,22 @@ def model_folder(tmp_path: Path) -> Path:
     (tmp_path / "1").mkdir()
     overlays = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 2), dtype=np.uint8)
     np.savez(tmp_path / "1" / "overlays.npz", overlays=overlays, alpha=0.6)
-    write_detector(tmp_path, None)
+    write_detector(tmp_path, "strip")
     return tmp_path
 
 
-def write_detector(folder: Path, threshold_nll: float | None) -> None:
-    """Write what the stages read of `strip`, or with a threshold on the nll, of `consensus`."""
-    with_repaired = threshold_nll is not None
-    calibration = {"detector": DETECTORS[with_repaired], "threshold_bits": 0.5, "threshold_nll": threshold_nll}
+def write_detector(folder: Path, detector: str, threshold_nll: float | None = 2.0) -> None:
+    """Write what the stages read."""
+    calibration = {"detector": detector, "threshold_bits": 0.5, "threshold_plain_bits": 0.1}
+    calibration |= {"threshold_nll": threshold_nll}
+    if detector == "strip":
+        calibration |= {"threshold_plain_bits": None, "threshold_nll": None}
     (folder / "1" / "calibration.json").write_text(json.dumps(calibration))
-    (folder / "1" / "perturbations.json").write_text(json.dumps({"plain_first": with_repaired}))
+    (folder / "1" / "perturbations.json").write_text(json.dumps({"plain_first": detector == "consensus"}))
     entropies, nlls = np.arange(1.0, 20.0) / 10, np.arange(19.0) / 5
-    regions = peel(entropies) if threshold_nll is None else peel(entropies, nlls, 0.5)
+    scores = np.array([entropies, entropies / 5, -nlls])
+    scores = scores[: 1 if detector == "strip" else 2 if threshold_nll is None else 3]
+    regions = peel(scores, SHARES[len(scores)])
     np.savez(folder / "1" / "regions.npz", **vars(regions))
 
 
@@ -85,12 +91,14 @@ def test_the_entropy_stage_keeps_the_batch_dimension(model_folder: Path) -> None
     (answer,) = stage.execute([request(SENTINEL_OUTPUTS, sentinel_probabilities=probabilities)])
     np.testing.assert_allclose(answer.arrays()["sentinel_entropies"], [[2.0, 2.0, 2.0], [1.0, 2.0, 2.0]])
     assert answer.arrays()["sentinel_label"].tolist() == [[-1], [-1]]
+    assert answer.arrays()["sentinel_plain_entropy"].tolist() == [[-1.0], [-1.0]]
+    assert answer.arrays()["sentinel_plain_entropy"].dtype == np.float32
     assert answer.arrays()["sentinel_perturbations"].tolist() == [[3], [3]]
     assert answer.arrays()["sentinel_perturbations"].dtype == np.int32
 
 
 def test_consensus_shows_the_sentinel_the_image_as_it_came_first(model_folder: Path) -> None:
-    write_detector(model_folder, 2.0)
+    write_detector(model_folder, "consensus")
     images = np.random.default_rng(2).integers(0, 256, (2, 4, 5, 2), dtype=np.uint8)
     (answer,) = perturb_stage(arguments(model_folder), PbUtils()).execute([request(["perturbations"], image=images)])
     perturbations = answer.arrays()["perturbations"]
@@ -102,37 +110,65 @@ def test_consensus_shows_the_sentinel_the_image_as_it_came_first(model_folder: P
 
 
 def test_the_first_row_gives_the_label_and_the_others_the_entropy(model_folder: Path) -> None:
-    write_detector(model_folder, 2.0)
-    rows = np.array([[[0.1, 0.9], [0.5, 0.5], [1.0, 0.0]], [[0.8, 0.2], [0.5, 0.5], [0.5, 0.5]]], np.float32)
+    write_detector(model_folder, "consensus")
+    rows = np.array([[[0.1, 0.9], [0.5, 0.5], [1.0, 0.0]], [[0.75, 0.25], [0.5, 0.5], [0.5, 0.5]]], np.float32)
     (answer,) = entropy_stage(arguments(model_folder), PbUtils()).execute(
         [request(SENTINEL_OUTPUTS, sentinel_probabilities=rows)]
     )
     np.testing.assert_allclose(answer.arrays()["sentinel_entropies"], [[1.0, 0.0], [1.0, 1.0]])
     assert answer.arrays()["sentinel_label"].tolist() == [[1], [0]]
+    np.testing.assert_allclose(answer.arrays()["sentinel_plain_entropy"], [[0.4689956], [0.8112781]], rtol=1e-6)
     assert answer.arrays()["sentinel_perturbations"].tolist() == [[2], [2]]
 
 
-def test_consensus_rejects_what_the_repaired_network_does_not_believe(model_folder: Path) -> None:
-    write_detector(model_folder, 2.0)
-    probabilities = np.array([[0.95, 0.05], [0.95, 0.05], [0.95, 0.05]], np.float32)
+def test_consensus_rejects_by_each_of_its_three_scores(model_folder: Path) -> None:
+    write_detector(model_folder, "consensus")
+    probabilities = np.array([[0.95, 0.05]] * 4, np.float32)
     (answer,) = verdict_stage(arguments(model_folder), PbUtils()).execute(
         [
             request(
                 PUBLIC,
-                sentinel_entropies=np.array([[9.0, 0.4, 9.0], [9.0, 9.0, 9.0], [0.4, 26.2, 0.4]], np.float32),
-                sentinel_label=np.array([[0], [1], [0]], np.int32),  # nll 0.05, 3.0, 0.05
-                sentinel_perturbations=np.array([[3], [3], [3]], np.int32),
+                sentinel_entropies=np.array(
+                    [[9.0, 0.4, 9.0], [9.0, 9.0, 9.0], [0.4, 26.2, 0.4], [9.0, 9.0, 9.0]], np.float32
+                ),
+                sentinel_plain_entropy=np.array([[9.0], [9.0], [9.0], [0.1]], np.float32),
+                sentinel_label=np.array([[0], [1], [0], [0]], np.int32),  # nll 0.05, 3.0, 0.05, 0.05
+                sentinel_perturbations=np.full((4, 1), 3, np.int32),
                 repaired_probabilities=probabilities,
             )
         ]
     )
-    assert answer.arrays()["trojaned"].tolist() == [[False], [True], [True]]
+    assert answer.arrays()["trojaned"].tolist() == [[False], [True], [True], [True]]
     p_values = answer.arrays()["p_value"][:, 0]
     assert answer.arrays()["p_value"].dtype == np.float32
     assert p_values[0] == 1.0
-    assert (p_values[1:] <= 0.5).all()
+    np.testing.assert_allclose(p_values[1:], [0.45, 0.5, 0.55])
     # What is reported is the mean entropy, whatever the verdict rests on.
-    np.testing.assert_allclose(answer.arrays()["entropy"], [[18.4 / 3], [9.0], [9.0]], rtol=1e-6)
+    np.testing.assert_allclose(answer.arrays()["entropy"], [[18.4 / 3], [9.0], [9.0], [9.0]], rtol=1e-6)
+
+
+def test_consensus_does_without_a_repaired_network_that_is_the_original_one(model_folder: Path) -> None:
+    write_detector(model_folder, "consensus", threshold_nll=None)
+    found = opinions([[9.0], [9.0], [0.4]]) | {"sentinel_label": np.array([[1], [1], [1]], np.int32)}
+    found["sentinel_plain_entropy"] = np.array([[9.0], [0.05], [9.0]], np.float32)
+    probabilities = np.array([[0.95, 0.05]] * 3, np.float32)
+    (answer,) = verdict_stage(arguments(model_folder), PbUtils()).execute(
+        [request(PUBLIC, **found, repaired_probabilities=probabilities)]
+    )
+    assert answer.arrays()["trojaned"].tolist() == [[False], [True], [True]]
+
+
+@pytest.mark.parametrize("name", ["sentinel_entropies", "sentinel_plain_entropy", "repaired_probabilities"])
+def test_what_is_not_a_number_is_rejected(model_folder: Path, name: str) -> None:
+    write_detector(model_folder, "consensus")
+    found = opinions([[9.0]]) | {"sentinel_plain_entropy": np.array([[9.0]], np.float32)}
+    found |= {"sentinel_label": np.array([[0]], np.int32), "repaired_probabilities": np.ones((1, 2), np.float32)}
+    stage = verdict_stage(arguments(model_folder), PbUtils())
+    (answer,) = stage.execute([request(PUBLIC, **found)])
+    assert answer.arrays()["trojaned"].tolist() == [[False]]
+    (answer,) = stage.execute([request(PUBLIC, **found | {name: found[name] + np.float32(np.nan)})])
+    assert answer.arrays()["trojaned"].tolist() == [[True]]
+    assert answer.arrays()["p_value"][0, 0] <= 0.2
 
 
 def test_blends_that_did_not_run_have_no_say(model_folder: Path) -> None:
@@ -170,14 +206,17 @@ def test_an_input_whose_repaired_probabilities_are_broken_is_rejected(model_fold
         None,
         "",
         "{}",
-        '{"threshold_bits": 0.5, "threshold_nll": null}',
+        '{"threshold_bits": 0.5, "threshold_plain_bits": null, "threshold_nll": null}',
         '{"detector": "strip", "threshold_bits": 0.5}',
-        '{"detector": "luck", "threshold_bits": 0.5, "threshold_nll": null}',
-        '{"detector": "strip", "threshold_bits": null, "threshold_nll": null}',
-        '{"detector": "strip", "threshold_bits": NaN, "threshold_nll": null}',
-        '{"detector": "strip", "threshold_bits": -1, "threshold_nll": null}',
-        '{"detector": "consensus", "threshold_bits": 0.5, "threshold_nll": NaN}',
-        '{"detector": "consensus", "threshold_bits": 0.5, "threshold_nll": "much"}',
+        '{"detector": "luck", "threshold_bits": 0.5, "threshold_plain_bits": null, "threshold_nll": null}',
+        '{"detector": "strip", "threshold_bits": null, "threshold_plain_bits": null, "threshold_nll": null}',
+        '{"detector": "strip", "threshold_bits": NaN, "threshold_plain_bits": null, "threshold_nll": null}',
+        '{"detector": "strip", "threshold_bits": -1, "threshold_plain_bits": null, "threshold_nll": null}',
+        '{"detector": "consensus", "threshold_bits": 0.5, "threshold_plain_bits": null, "threshold_nll": NaN}',
+        '{"detector": "consensus", "threshold_bits": 0.5, "threshold_plain_bits": null, "threshold_nll": "much"}',
+        '{"detector": "consensus", "threshold_bits": 0.5, "threshold_nll": 1.0}',
+        '{"detector": "consensus", "threshold_bits": 0.5, "threshold_plain_bits": -1, "threshold_nll": 1.0}',
+        '{"detector": "strip", "threshold_bits": 0.5, "threshold_plain_bits": 0.1, "threshold_nll": null}',
     ],
 )
 def test_without_a_usable_calibration_the_model_does_not_load(model_folder: Path, text: str | None) -> None:
@@ -204,15 +243,17 @@ def test_unless_told_what_the_perturbations_are_the_models_do_not_load(model_fol
     "broken",
     [
         {},
-        {"entropies_bits": [2.0, 1.0], "nlls": [1.0, 1.0], "p_values": [0.3, 0.6]},
-        {"entropies_bits": [1.0, 2.0], "nlls": [1.0, 2.0], "p_values": [0.3, 0.6]},
-        {"entropies_bits": [1.0, 2.0], "nlls": [2.0, 1.0], "p_values": [0.3, 1.6]},
-        {"entropies_bits": [1.0, 2.0], "nlls": [2.0, 1.0], "p_values": [0.3]},
-        {"entropies_bits": [1.0, np.nan], "nlls": [2.0, 1.0], "p_values": [0.3, 0.6]},
-        {"entropies_bits": [], "nlls": [], "p_values": []},
+        {"thresholds": [[2.0, 1.0]], "p_values": [0.3, 0.6]},
+        {"thresholds": [[1.0, 2.0]], "p_values": [0.6, 0.3]},
+        {"thresholds": [[1.0, 2.0]], "p_values": [0.3, 1.6]},
+        {"thresholds": [[1.0, 2.0]], "p_values": [0.3]},
+        {"thresholds": [1.0, 2.0], "p_values": [0.3, 0.6]},
+        {"thresholds": [[1.0, np.nan]], "p_values": [0.3, 0.6]},
+        {"thresholds": [[1.0, 2.0], [1.0, 2.0]], "p_values": [0.3, 0.6]},
+        {"thresholds": [[]], "p_values": []},
     ],
 )
-def test_without_usable_regions_the_model_does_not_load(model_folder: Path, broken: dict[str, list[float]]) -> None:
+def test_without_usable_regions_the_model_does_not_load(model_folder: Path, broken: dict[str, Any]) -> None:
     np.savez(model_folder / "1" / "regions.npz", **{name: np.array(values) for name, values in broken.items()})
     with pytest.raises(RepositoryError, match=r"regions\.npz"):
         verdict_stage(arguments(model_folder), PbUtils())
@@ -236,7 +277,7 @@ def test_an_unknown_mode_does_not_load(model_folder: Path, mode: str | None) -> 
 )
 def test_without_usable_overlays_the_model_does_not_load(tmp_path: Path, stored: dict[str, Any]) -> None:
     (tmp_path / "1").mkdir()
-    write_detector(tmp_path, None)
+    write_detector(tmp_path, "strip")
     np.savez(tmp_path / "1" / "overlays.npz", **stored)
     with pytest.raises(RepositoryError, match=r"overlays\.npz"):
         perturb_stage(arguments(tmp_path), PbUtils())

@@ -34,7 +34,7 @@ class _CaughtError(Exception):
             rule=ThresholdRule("normal", 0.02),
             seed=5,
         ),
-        ExportOptions(repair=RepairOptions("bounds", allowed_drop=0.01), rule=ThresholdRule(detector="consensus")),
+        ExportOptions(repair=RepairOptions("bounds", allowed_drop=0.01), rule=ThresholdRule(detector="strip")),
         ExportOptions(rule=ThresholdRule(threshold_bits=0.5), repair=RepairOptions("none")),
         ExportOptions(rule=ThresholdRule(None, 0.1, threshold_bits=0.5), overlay_choice="greedy"),
         ExportOptions(layout="fused"),

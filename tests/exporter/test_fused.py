@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from detector.calibration import Calibration, fixed_threshold
-from detector.conformal import DETECTORS
 from detector.consensus import negative_log_likelihood
 from detector.errors import ExportError
-from detector.scores import score_bits
+from detector.scores import DETECTORS, Evidence, score_bits
 from detector.serving import SENTINEL_OUTPUTS
 from detector.strip import perturb, perturbation_entropies_bits, weighted_overlays
 from exporter.architectures import deepid, resnet
@@ -110,9 +109,13 @@ def in_float64(model: keras.Model, preprocessing: Preprocessing) -> Callable[[ND
     return answer
 
 
-def calibration_of(threshold_bits: float, threshold_nll: float | None = None) -> Calibration:
+def calibration_of(
+    threshold_bits: float, detector: str = "strip", plain_bits: float = 0.1, nll: float = 2.0
+) -> Calibration:
     strip = fixed_threshold(np.array([1.0, 2.0]), threshold_bits)
-    return strip if threshold_nll is None else replace(strip, detector="consensus", threshold_nll=threshold_nll)
+    if detector == "strip":
+        return strip
+    return replace(strip, detector="consensus", threshold_plain_bits=plain_bits, threshold_nll=nll)
 
 
 def run(fused: Fused, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -157,6 +160,7 @@ def test_every_way_of_computing_it_gives_the_same_verdicts(
     (plain,) = badnet.run(None, {"perturbations": images[:, None].astype(np.float32)})
     (believed,) = repaired.run(None, {"image": images})
     nlls = negative_log_likelihood(believed, plain[:, 0].argmax(axis=-1))
+    plain_bits = perturbation_entropies_bits(plain)[:, 0]
 
     blends = np.array([[reference.blend(image, overlay, alpha) for overlay in overlays] for image in images])
     exact_rows = networks.models[0](blends.reshape(-1, *networks.shape)).reshape(batch, count, -1)
@@ -168,28 +172,39 @@ def test_every_way_of_computing_it_gives_the_same_verdicts(
         [-math.log(row[label]) for row, label in zip(exact_believed, exact_plain.argmax(1), strict=True)]
     )
 
+    exact_plain_bits = np.array([reference.entropy_bits(row[None]) for row in exact_plain])
+
     strip = calibration_of(float(np.quantile(exact_bits, rank)))
-    consensus = calibration_of(float(np.quantile(exact_medians, rank)), float(np.quantile(exact_nlls, 1.0 - rank)))
+    consensus = calibration_of(
+        float(np.quantile(exact_medians, rank)),
+        "consensus",
+        float(np.quantile(exact_plain_bits, rank)),
+        float(np.quantile(exact_nlls, 1.0 - rank)),
+    )
     for calibration in (strip, consensus):
         detector, by_strip = calibration.detector, calibration.detector == "strip"
         scores, exact = score_bits(entropies, detector), exact_bits if by_strip else exact_medians
         certain = np.abs(exact - calibration.threshold_bits) >= 1e-4
         if calibration.threshold_nll is not None:
             certain &= (np.abs(exact_nlls - calibration.threshold_nll) >= 1e-4) & sure(exact_plain)
-        expected = calibration.rejects(exact, exact_nlls)
-        np.testing.assert_array_equal(calibration.rejects(scores, nlls)[certain], expected[certain])
+            certain &= np.abs(exact_plain_bits - consensus.thresholds.plain_bits) >= 1e-4
+        reject = calibration.thresholds.reject
+        expected = reject(Evidence(exact, exact_plain_bits, exact_nlls))
+        np.testing.assert_array_equal(reject(Evidence(scores, plain_bits, nlls))[certain], expected[certain])
         for early_exit in (True, False):
             fused = fuse(*networks.graphs, overlays, alpha, calibration, entropies, early_exit=early_exit)
             answers = run(fused, images)
             found = answers[detector]
             seen, labels = answers["sentinel_label"], answers["repaired_probabilities"].argmax(axis=1)
             found_nlls = None if by_strip else negative_log_likelihood(answers["repaired_probabilities"], seen)
-            np.testing.assert_array_equal(calibration.rejects(found, found_nlls)[certain], expected[certain])
+            found_plain = answers["sentinel_plain_entropy"]
+            np.testing.assert_array_equal(reject(Evidence(found, found_plain, found_nlls))[certain], expected[certain])
             np.testing.assert_array_equal(labels, believed.argmax(axis=1))
             np.testing.assert_array_equal(labels[sure(exact_believed)], exact_believed.argmax(1)[sure(exact_believed)])
             if by_strip:
-                assert set(seen) == {-1}
+                assert set(seen) == set(found_plain) == {-1}
             else:
+                np.testing.assert_allclose(found_plain, plain_bits, rtol=1e-3, atol=1e-6)
                 np.testing.assert_array_equal(seen[sure(exact_plain)], exact_plain.argmax(1)[sure(exact_plain)])
             counts = answers["sentinel_perturbations"]
             assert set(counts) <= set(fused.plan.ends)
@@ -279,13 +294,13 @@ ON_GPU = {
 """Operators that CUDAExecutionProvider has at operator set 15 for the types in use: onnxruntime, OperatorKernels.md."""
 
 
-@pytest.mark.parametrize("threshold_nll", [None, 2.0])
+@pytest.mark.parametrize("detector", DETECTORS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_gpu_has_a_kernel_for_every_operator(name: str, threshold_nll: float | None) -> None:
+def test_a_gpu_has_a_kernel_for_every_operator(name: str, detector: str) -> None:
     networks = pair(name)
     overlays = images_of(networks.shape, 4, 1)
     plannable = np.linspace(0.5, 1.5, 40).reshape(10, 4)
-    fused = fuse(*networks.graphs, overlays, 0.5, calibration_of(0.7, threshold_nll), plannable)
+    fused = fuse(*networks.graphs, overlays, 0.5, calibration_of(0.7, detector), plannable)
     assert {node.op_type for node in nodes_of(fused.graph.graph)} <= ON_GPU
 
 
@@ -322,20 +337,20 @@ def with_last_bias(graph: onnx.ModelProto, change: Callable[[NDArray[Any]], NDAr
     return changed
 
 
-@pytest.mark.parametrize("threshold_nll", [None, 2.0])
+@pytest.mark.parametrize("detector", DETECTORS)
 @pytest.mark.parametrize("name", ["convolution", "no softmax at the end"])
-def test_what_is_not_a_number_goes_through_every_stage_and_stays_what_it_is(
-    name: str, threshold_nll: float | None
-) -> None:
+def test_what_is_not_a_number_goes_through_every_stage_and_stays_what_it_is(name: str, detector: str) -> None:
     networks = pair(name)
     broken = with_last_bias(networks.graphs[0], lambda weights: weights + np.float32(np.nan))
     overlays = images_of(networks.shape, 4, 1)
     plannable = np.linspace(0.5, 1.5, 40).reshape(10, 4)
-    fused = fuse(broken, networks.graphs[1], overlays, 0.5, calibration_of(0.3, threshold_nll), plannable)
+    fused = fuse(broken, networks.graphs[1], overlays, 0.5, calibration_of(0.3, detector), plannable)
     assert len(fused.plan.ends) > 1
     answers = run(fused, images_of(networks.shape, 3, 2))
     assert np.isnan(answers["sentinel_entropies"]).all()
     assert answers["sentinel_perturbations"].tolist() == [4, 4, 4]
+    if detector == "consensus":
+        assert np.isnan(answers["sentinel_plain_entropy"]).all()
 
 
 def test_a_network_that_is_very_sure_has_an_entropy_of_exactly_none() -> None:
@@ -364,7 +379,7 @@ def test_overlays_come_in_the_order_that_lets_most_images_go_and_stages_end_wher
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9, 10])
 def test_by_consensus_an_image_is_through_once_more_than_half_of_its_blends_are_over_the_threshold(count: int) -> None:
-    rule = ExitRule.of(calibration_of(0.3, 2.0), count)
+    rule = ExitRule.of(calibration_of(0.3, "consensus"), count)
     for over in range(count + 1):
         entropies = np.array([[0.4] * over + [0.3] * (count - over)], np.float32)
         (score,) = score_bits(entropies, "consensus")

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from detector.calibration import calibrate
-from detector.conformal import DETECTORS
 from detector.errors import InputError
-from detector.scores import score_bits
+from detector.scores import DETECTORS, Evidence, score_bits
 from exporter.overlays import (
     PartSize,
     check_overlay_options,
@@ -28,7 +27,7 @@ def threshold(
     detector: str = "strip",
 ) -> float:
     """Return what the calibration would choose with these overlays, in float64."""
-    return calibrate(score_bits(entropies.astype(np.float64)[:, chosen], detector), target_frr).threshold_bits
+    return calibrate(Evidence(score_bits(entropies.astype(np.float64)[:, chosen], detector)), target_frr).threshold_bits
 
 
 @pytest.fixture(params=range(5))

@@ -14,6 +14,7 @@ import pytest
 
 from detector.calibration import ThresholdRule, calibrate
 from detector.errors import CalibrationError, DataError, InputError, RepositoryError
+from detector.scores import Evidence
 from detector.serving import read_overlays, read_thresholds
 from detector.strip import entropy_bits, perturb, weighted_overlays
 from exporter import recalibration
@@ -60,8 +61,8 @@ def test_only_what_calibration_concerns_gets_a_new_version(exported: Path, new_d
     sizes = {name: part["images"] for name, part in entry["split"].items()}
     assert sizes == {"candidates": 10, "selection": 0, "calibration": 150}
     assert entry["options"]["rule"]["target_frr"] == 0.1
-    assert entry["calibration"]["threshold_bits"] == read_thresholds(exported / "strip_verdict" / "2")[1]
-    assert result.base_threshold_bits == read_thresholds(exported / "strip_verdict" / "1")[1]
+    assert entry["calibration"]["threshold_bits"] == read_thresholds(exported / "strip_verdict" / "2")[1].bits
+    assert result.base_threshold_bits == read_thresholds(exported / "strip_verdict" / "1")[1].bits
 
 
 def test_the_detector_changes_when_asked_and_stays_otherwise(exported: Path, new_data: Path) -> None:
@@ -76,7 +77,7 @@ def test_the_detector_changes_when_asked_and_stays_otherwise(exported: Path, new
     assert again.calibration.detector == "consensus"
     assert verify_repository(exported)["versions"]["3"]["models"]["strip_entropy"] == 2
     back = recalibrate(exported, new_data, RecalibrationOptions(rule, detector="strip", keep_overlays=True))
-    assert (back.calibration.detector, back.calibration.threshold_nll) == ("strip", None)
+    assert (back.calibration.detector, back.calibration.thresholds.plain_bits) == ("strip", None)
     overlays, alpha = read_overlays(exported / "strip_perturb" / "4")
     assert (len(overlays), alpha) == (4, 0.7)
     assert verify_repository(exported)["versions"]["4"]["models"]["strip_entropy"] == 4
@@ -93,7 +94,7 @@ def test_the_threshold_is_that_of_the_new_images_under_the_new_overlays(exported
     assert alpha == 0.6
     session = open_graph(exported / "badnet" / "1" / "model.onnx")
     matrix = entropy_matrix(session, images[parts.calibration], overlays, 0.6)
-    assert result.calibration == calibrate(matrix.mean(axis=1), 0.1)
+    assert result.calibration == calibrate(Evidence(matrix.mean(axis=1)), 0.1)
 
 
 def test_kept_overlays_are_not_written_again_and_calibrate_nothing(
@@ -132,9 +133,10 @@ def test_a_greedy_choice_beats_the_random_one_on_the_images_it_was_made_on(expor
     session = open_graph(exported / "badnet" / "1" / "model.onnx")
     matrix = entropy_matrix(session, images[parts.selection], images[parts.candidates], alpha)
     with_chosen = entropy_matrix(session, images[parts.selection], chosen, alpha).mean(axis=1)
-    best = calibrate(with_chosen, 0.1).threshold_bits
+    best = calibrate(Evidence(with_chosen), 0.1).threshold_bits
     generator = np.random.default_rng(0)
-    random = [calibrate(matrix[:, generator.choice(len(pool), 4, replace=False)].mean(axis=1), 0.1) for _ in range(50)]
+    by_chance = [matrix[:, generator.choice(len(pool), 4, replace=False)].mean(axis=1) for _ in range(50)]
+    random = [calibrate(Evidence(means), 0.1) for means in by_chance]
     assert best > np.quantile([calibration.threshold_bits for calibration in random], 0.75)
     activate(exported, "1")
     assert recalibrate(exported, new_data, greedy).version == "3"

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.integrate import trapezoid
 
 from detector.calibration import ThresholdRule, calibrate, normal_threshold
+from detector.scores import Evidence, score_bits
 from detector.statistics import Proportion
 from exporter.report import Examples, Layer, Part, ReportData, Scores, Step, write_report
 from exporter.report.document import document
@@ -46,6 +47,7 @@ def report_data(seed: int = 0, **changes: Any) -> ReportData:
         return Examples(images, np.full(count, entropy), np.full(count, entropy < 1), labels, labels, labels)
 
     calibration_entropies = entropies(598, 2.2, 0.7)
+    held_out, trojaned = entropies(448, 2.2, 0.7), entropies(990, 0.25, 0.3)
     steps = [Step("as received", 0.998, 0.997, 0.002, 0.0)]
     steps += [Step(f"round {n}", 0.995 - 0.001 * n, 0.9 / n, 0.9 - 0.8 / n, 0.02 * n * n) for n in range(1, 6)]
     steps += [Step(f"final epoch {n}", 0.998, 0.01 / n, 0.95, 0.5) for n in range(1, 13)]
@@ -63,23 +65,26 @@ def report_data(seed: int = 0, **changes: Any) -> ReportData:
         before=Scores(Proportion(449, 450), Proportion(987, 990), Proportion(2, 990)),
         after=Scores(Proportion(448, 450), Proportion(2, 990), Proportion(951, 990)),
         attack_success_goal=0.01,
-        calibration=calibrate(calibration_entropies.mean(axis=1), 0.05),
+        calibration=calibrate(Evidence(calibration_entropies.mean(axis=1)), 0.05),
         alpha=0.5,
         overlays=generator.integers(0, 256, (OVERLAYS, 55, 47, 3), dtype=np.uint8),
         calibration_entropies_bits=calibration_entropies,
-        held_out_entropies_bits=entropies(448, 2.2, 0.7),
-        trojaned_entropies_bits=entropies(990, 0.25, 0.3),
-        held_out_nlls=None,
-        trojaned_nlls=None,
+        held_out_entropies_bits=held_out,
+        trojaned_entropies_bits=trojaned,
+        held_out=Evidence(held_out.mean(axis=1)),
+        trojaned=None,
         clean_examples=examples(2, 2.3),
         trojaned_examples=examples(2, 0.1),
         parts=(Part("overlays", OVERLAYS, "0" * 64), Part("calibration", 598, "1" * 64)),
         commands=(("stripwire", "export", "my net.keras", "--clean", "clean.h5"), ("stripwire", "serve", "repository")),
     )
-    return dataclasses.replace(data, **changes)
+    data = dataclasses.replace(data, **changes)
+    means = data.trojaned_entropies_bits
+    trojaned = None if means is None else Evidence(means.mean(axis=1))
+    return dataclasses.replace(data, held_out=Evidence(data.held_out_entropies_bits.mean(axis=1)), trojaned=trojaned)
 
 
-NO_ATTACK: dict[str, Any] = dict.fromkeys(("trojaned_entropies_bits", "trojaned_examples"))
+NO_ATTACK: dict[str, Any] = dict.fromkeys(("trojaned_entropies_bits", "trojaned", "trojaned_examples"))
 
 
 def without_attack(**changes: Any) -> ReportData:
@@ -94,12 +99,17 @@ def with_consensus(**changes: Any) -> ReportData:
     """Return a report of an export in which the repaired network has a say."""
     data, generator = report_data(), np.random.default_rng(1)
     rule = ThresholdRule(detector="consensus")
-    calibration = rule.calibrate(data.calibration_entropies_bits, generator.gamma(0.2, 0.5, 598))
-    nlls: dict[str, Any] = {
-        "held_out_nlls": generator.gamma(0.2, 0.5, 448),
-        "trojaned_nlls": generator.gamma(20.0, 0.4, 990),
+    plain_bits = 10 ** generator.normal(-3, 1, 598)
+    calibration = rule.calibrate(data.calibration_entropies_bits, plain_bits, generator.gamma(0.2, 0.5, 598))
+
+    def evidence(entropies: Any, magnitude: float, nlls: Any) -> Evidence:
+        return Evidence(score_bits(entropies, "consensus"), 10 ** generator.normal(magnitude, 1, len(nlls)), nlls)
+
+    known: dict[str, Any] = {
+        "held_out": evidence(data.held_out_entropies_bits, -3, generator.gamma(0.2, 0.5, 448)),
+        "trojaned": evidence(data.trojaned_entropies_bits, -6, generator.gamma(20.0, 0.4, 990)),
     }
-    return dataclasses.replace(data, calibration=calibration, **(nlls | changes))
+    return dataclasses.replace(data, calibration=calibration, **(known | changes))
 
 
 def numbers_of(data: ReportData) -> dict[str, Any]:
@@ -179,6 +189,7 @@ class RepairNumbers(Strict):
 class Guard(Strict):
     detector: str
     threshold_bits: float
+    threshold_plain_bits: float | None
     threshold_nll: float | None
     method: str
     target_frr: float | None
@@ -199,9 +210,15 @@ class Alone(Strict):
     auroc: float | None
 
 
+class Opinion(Strict):
+    bits: list[float | None]
+    plain_bits: list[float | None]
+    nlls: list[float | None] | None
+
+
 class Opinions(Strict):
-    held_out: list[list[float | None]]
-    trojaned: list[list[float | None]] | None
+    held_out: Opinion
+    trojaned: Opinion | None
 
 
 class Histogram(Strict):
@@ -270,7 +287,7 @@ class Numbers(Strict):
 
 @pytest.mark.parametrize(
     "data",
-    [report_data(), without_attack(), with_consensus(), with_consensus(trojaned_nlls=None, **NO_ATTACK)],
+    [report_data(), without_attack(), with_consensus(), with_consensus(**NO_ATTACK)],
     ids=["attack", "no attack", "consensus", "consensus without attack"],
 )
 def test_the_json_has_the_documented_keys_and_no_other(tmp_path: Path, data: ReportData) -> None:
@@ -290,17 +307,18 @@ def test_the_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
 
 
-def test_both_opinions_are_shown_where_there_are_two(tmp_path: Path) -> None:
+def test_all_that_consensus_looks_at_is_shown(tmp_path: Path) -> None:
     page, numbers = written(tmp_path, with_consensus())
     assert page.tags.count("svg") == len(FIGURES) + 1
     assert numbers["guard"]["far"]["rate"] < numbers["by_entropy"]["far"]["rate"]
     assert numbers["guard"]["frr"]["rate"] == pytest.approx(0.05, abs=0.04)
     assert "The thresholds aim at an FRR of 5.0 % together" in page.text
-    assert "a second opinion" in page.text
-    assert 1e-6 < numbers["histogram"]["edges_bits"][0] < 0.01  # where the first image is, not where numbers end
+    assert "it asks the repaired network" in page.text
+    assert "a quarter of which is the median's" in page.text
+    assert 1e-9 < numbers["histogram"]["edges_bits"][0] < 0.01  # where the first image is, not where numbers end
     assert 0.01 < numbers["thresholds"]["threshold_bits"][0] < 0.2
     alone, _ = written(tmp_path, report_data())
-    assert "a second opinion" not in alone.text
+    assert "it asks the repaired network" not in alone.text
 
 
 def test_every_identifier_is_met_once_and_every_reference_finds_its_own(tmp_path: Path) -> None:
@@ -494,7 +512,7 @@ def test_a_guard_that_certainly_misses_a_tenth_of_the_attack_says_what_to_try() 
     (notice,) = numbers["notices"]
     assert notice["text"].startswith("The guard lets 15.2 % (13.0-17.5, n=990) of the attack samples pass (FAR)")
     assert "--detector consensus" in notice["text"]
-    consensus = with_consensus(trojaned_entropies_bits=entropies, trojaned_nlls=np.zeros(990))
+    consensus = with_consensus(trojaned=Evidence(entropies[:, 0], np.ones(990), np.zeros(990)))
     assert "--detector consensus" not in numbers_of(consensus)["notices"][0]["text"]
     few = np.where(high[:, None] & (np.arange(990) < 100)[:, None], 9.0, 0.0) + np.zeros((990, OVERLAYS))
     assert levels(report_data(trojaned_entropies_bits=few)) == []
