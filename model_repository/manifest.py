@@ -12,7 +12,7 @@ from typing import Any
 from detector.errors import RepositoryError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 
 MODELS = ("guarded", "strip_perturb", "badnet", "strip_entropy", "repaired", "strip_verdict")
 """Every model of the ensemble. A version consists of one version of each; it may share some with others."""

@@ -185,7 +185,8 @@ def _opinions(numbers: dict[str, Any]) -> Drawn:
     )
 
     def draw(figure: Figure) -> None:
-        for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.1})[0]
+        for axes, panel in zip(drawn, panels, strict=True):
             for name, colour, marker in both:
                 if opinions[name] is None:
                     continue
@@ -208,11 +209,10 @@ def _opinions(numbers: dict[str, Any]) -> Drawn:
                     axes.set_ylim(bottom=0)
                 else:
                     axes.set(**{f"{axis}scale": "log"})
-                    drawn = axes.xaxis if axis == "x" else axes.yaxis
-                    drawn.set_major_locator(LogLocator(numticks=4))
-                    drawn.set_major_formatter("{x:g}")
-                    drawn.set_minor_formatter(NullFormatter())
-        figure.get_layout_engine().set(wspace=0.1)
+                    ticks = axes.xaxis if axis == "x" else axes.yaxis
+                    ticks.set_major_locator(LogLocator(numticks=4))
+                    ticks.set_major_formatter("{x:g}")
+                    ticks.set_minor_formatter(NullFormatter())
         _legend(figure)
 
     return Drawn("opinions", title, sentence + ".", _svg("opinions", 3.4, draw))

@@ -177,7 +177,7 @@ def test_a_linked_folder_is_named(repository: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", '{"format": 4}', '{"format": 3, "files": {}, "versions": {}}', '{"format": 3}']
+    "text", ["", "[]", "null", '{"format": 3}', '{"format": 4, "files": {}, "versions": {}}', '{"format": 4}']
 )
 def test_a_broken_manifest_is_refused(repository: Path, text: str) -> None:
     (repository / "manifest.json").write_text(text)
