@@ -39,6 +39,7 @@ from detector.errors import (
     ServerError,
     ServerUnavailableError,
 )
+from detector.live_metrics import CANARY_KEY
 from detector.serving import SENTINEL
 
 OnProgress = Callable[[int, int], None]
@@ -206,6 +207,7 @@ class _Request:
     input: InferInput
     outputs: tuple[_Output, ...]
     count: int
+    parameters: Mapping[str, bool] | None = None
     prepare_again: Callable[[], None] | None = None
     """Called before it is sent again: the server may be another one."""
 
@@ -318,6 +320,7 @@ class GuardedClient:
         *,
         probabilities: bool = False,
         shared_memory: bool = False,
+        canary: bool = False,
         on_progress: OnProgress | None = None,
     ) -> Verdicts:
         """Classify images and get a verdict on each.
@@ -328,6 +331,7 @@ class GuardedClient:
             probabilities: ask for the repaired network's probabilities as well; M numbers per image travel back.
             shared_memory: hand the images to a server on this machine in system shared memory (/dev/shm) instead of
                 sending them.
+            canary: the images are sent to watch the guard, not for their answers: the server counts them by themselves.
             on_progress: called with (images done, images in all).
 
         Raises:
@@ -350,7 +354,8 @@ class GuardedClient:
         ]
         if probabilities:
             outputs.append(_Output("probabilities", np.float32, (about.classes,)))
-        answers = self._infer(about, images, outputs, on_progress, None if shared_memory else _image_input)
+        to_input = None if shared_memory else _image_input
+        answers = self._infer(about, images, outputs, on_progress, to_input, {CANARY_KEY: True} if canary else None)
         label, trojaned, entropy, p_value, count = (answer[:, 0] for answer in answers[:5])
         believed = answers[5] if probabilities else None
         return Verdicts(label, trojaned, entropy, p_value, count, believed, about.classes)
@@ -426,22 +431,28 @@ class GuardedClient:
         outputs: Sequence[_Output],
         on_progress: OnProgress | None,
         to_input: Callable[[NDArray[np.uint8]], InferInput] | None,
+        parameters: Mapping[str, bool] | None = None,
     ) -> list[NDArray[Any]]:
         """Send the images batch by batch, and join the answers in order.
 
-        `to_input` makes the input of a batch; without one, batches are handed over in shared memory.
+        `to_input` makes the input of a batch; without one, batches are handed over in shared memory. `parameters` go
+        with every request.
         """
         bytes_per_image = math.prod(images.shape[1:])
         batch_size = max(1, min(about.max_batch_size, _MAX_REQUEST_BYTES // max(1, 4 * bytes_per_image)))
         batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
         if to_input is not None:
-            requests = (_Request(about.model, to_input(batch), tuple(outputs), len(batch)) for batch in batches)
+            requests = (
+                _Request(about.model, to_input(batch), tuple(outputs), len(batch), parameters) for batch in batches
+            )
             return self._exchange(about, requests, outputs, len(images), on_progress)
         slots = min(self._window, -(-len(images) // batch_size))
         slot_bytes = min(batch_size, len(images)) * bytes_per_image
         with SharedBatches(lambda call: self.ask(about.model, call), slots, slot_bytes) as shared:
             requests = (
-                _Request(about.model, shared.place(number, batch), tuple(outputs), len(batch), shared.register)
+                _Request(
+                    about.model, shared.place(number, batch), tuple(outputs), len(batch), parameters, shared.register
+                )
                 for number, batch in enumerate(batches)
             )
             return self._exchange(about, requests, outputs, len(images), on_progress)
@@ -500,6 +511,7 @@ class GuardedClient:
             outputs=[InferRequestedOutput(output.name) for output in request.outputs],
             client_timeout=timeout_seconds,
             headers=self._headers,
+            parameters=None if request.parameters is None else dict(request.parameters),
         )
         answer.add_done_callback(lambda done: call.cancel() if done.cancelled() else None)
         return answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,35 @@ ALPHAS = {"strip": 0.5, "consensus": 0.7}
 METHODS = ("quantile", "normal", "fixed")
 """How a threshold comes about: an order statistic, a fitted normal distribution, or as given."""
 
+_QUANTILES = (0.001, 0.002, 0.005, 0.01, 0.02, *np.arange(0.05, 1.0, 0.05), 0.98, 0.99, 1.0)
+"""Of clean scores, where buckets of live ones end."""
+
 _ONLY_IF_NORMAL = (
     "the threshold reaches its target FRR only if clean entropies are normally distributed; the range is what the "
     "calibration images say, on which it was fitted"
 )
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Of what clean calibration images have of a score; where live traffic drifts, it has another one.
+
+    Attributes:
+        bounds_bits: upper bounds of the buckets, ascending, in bits; the threshold is one of them.
+        counts: images at or under each, ascending.
+        images: how many there are.
+    """
+
+    bounds_bits: tuple[float, ...]
+    counts: tuple[int, ...]
+    images: int
+
+    @classmethod
+    def of(cls, bits: Floats, threshold_bits: float) -> Histogram:
+        """Return the histogram of finite scores, (images,), with buckets at quantiles, and at the threshold."""
+        bounds = np.unique([*np.quantile(bits, _QUANTILES, method="inverted_cdf"), threshold_bits]).astype(np.float64)
+        counts = np.searchsorted(np.sort(bits), bounds, side="right")
+        return cls(tuple(bounds.tolist()), tuple(counts.tolist()), len(bits))
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,7 @@ class Calibration:
         images: how many clean images the statement rests on.
         note: what to know before relying on it; empty where the range is all there is to say.
         regions: what p-values are read off, whatever the method.
+        histogram: of the entropies' scores.
     """
 
     detector: str
@@ -62,6 +88,7 @@ class Calibration:
     frr_high: float
     images: int
     regions: Regions = field(compare=False, repr=False)
+    histogram: Histogram = field(compare=False, repr=False)
     note: str = ""
 
     @property
@@ -81,7 +108,8 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the regions, as plain values."""
-        return {name: value for name, value in vars(self).items() if name != "regions"}
+        plain = {name: value for name, value in vars(self).items() if name != "regions"}
+        return plain | {"histogram": asdict(self.histogram)}
 
 
 @dataclass(frozen=True)
@@ -212,6 +240,7 @@ def calibrate(evidence: Evidence, target_frr: float, *, detector: str = "strip")
         frr_high=high,
         images=count,
         regions=regions,
+        histogram=Histogram.of(evidence.bits, bits),
         note=note,
     )
 
@@ -285,7 +314,8 @@ def normal_threshold(entropies: Floats, target_frr: float) -> Calibration:
             "entropy is lower, so every input would be accepted. Use the method quantile, or a higher target FRR"
         )
     frr = _rejected_by(threshold, entropies)
-    return _of_strip(threshold, "normal", target_frr, frr, regions, _ONLY_IF_NORMAL)
+    histogram = Histogram.of(entropies, threshold)
+    return _of_strip(threshold, "normal", target_frr, frr, regions, histogram, _ONLY_IF_NORMAL)
 
 
 def fixed_threshold(entropies: Floats, threshold_bits: float) -> Calibration:
@@ -302,7 +332,8 @@ def fixed_threshold(entropies: Floats, threshold_bits: float) -> Calibration:
     check_threshold(threshold_bits)
     regions = peel(entropies[None])
     frr = _rejected_by(threshold_bits, entropies)
-    return _of_strip(float(threshold_bits), "fixed", None, frr, regions)
+    histogram = Histogram.of(entropies, threshold_bits)
+    return _of_strip(float(threshold_bits), "fixed", None, frr, regions, histogram)
 
 
 def check_target_frr(target_frr: float) -> None:
@@ -320,7 +351,13 @@ def check_threshold(threshold_bits: float) -> None:
 
 
 def _of_strip(
-    threshold_bits: float, method: str, target_frr: float | None, frr: Proportion, regions: Regions, note: str = ""
+    threshold_bits: float,
+    method: str,
+    target_frr: float | None,
+    frr: Proportion,
+    regions: Regions,
+    histogram: Histogram,
+    note: str = "",
 ) -> Calibration:
     """Return what a threshold of the detector `strip` rejects of these very images."""
     return Calibration(
@@ -335,6 +372,7 @@ def _of_strip(
         frr_high=frr.high,
         images=frr.count,
         regions=regions,
+        histogram=histogram,
         note=note,
     )
 

@@ -6,9 +6,12 @@ together, on the device where the model instance lives.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +21,7 @@ import numpy as np
 from detector.conformal import Regions
 from detector.consensus import negative_log_likelihood
 from detector.errors import RepositoryError, SetupError
+from detector.live_metrics import MOST_LABELS, LiveMetrics, is_canary
 from detector.scores import DETECTORS, Evidence, Thresholds, score_bits
 from detector.strip import (
     Array,
@@ -58,6 +62,8 @@ class Stage:
         outputs: names of the output tensors, in the order of the function's results.
         compute: takes one array per input and returns one per output; the first axis of each is the batch.
         xp: the array namespace in which `compute` works.
+        flag: says something of a request; `compute` is told it of every row, (batch,), as its last argument.
+        close: ends what the stage has going on; Triton says when.
     """
 
     def __init__(
@@ -67,7 +73,11 @@ class Stage:
         outputs: Sequence[str],
         compute: Callable[..., Sequence[Array]],
         xp: ModuleType = np,
+        flag: Callable[[Any], bool] | None = None,
+        close: Callable[[], None] = lambda: None,
     ) -> None:
+        self.close = close
+        self._flag = flag
         self._pb_utils = pb_utils
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
@@ -78,9 +88,12 @@ class Stage:
         """Answer every request with one InferenceResponse, computing all of them at once."""
         per_request = [[self._to_array(request, name) for name in self._inputs] for request in requests]
         if len(per_request) == 1:
-            arrays = per_request[0]
+            arrays = list(per_request[0])
         else:
             arrays = [self._xp.concatenate(parts, axis=0) for parts in zip(*per_request, strict=True)]
+        if self._flag is not None:
+            flags = [self._flag(request) for request in requests]
+            arrays.append(np.repeat(flags, [parts[0].shape[0] for parts in per_request]))
         results = self._compute(*arrays)
         if self._xp is not np:
             # Triton reads the results on a stream of its own.
@@ -168,6 +181,8 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     been spared some perturbations: then its entropy is the mean over those that ran, and its p-value that of the score
     of those, which is over the threshold.
 
+    What it decides is counted, see `detector.live_metrics`; labels if the environment has `STRIPWIRE_COUNT_LABELS=1`.
+
     The stage hands entropy, count and probabilities on under their public names: a tensor of an ensemble that is public
     and read by another step is lost to that step when the caller does not ask for it. Its tensors are tiny, so it runs
     on the CPU wherever the other models run.
@@ -187,8 +202,15 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     if mode not in MODES:
         raise RepositoryError(f"{args['model_name']}: parameter mode is {mode!r}, expected one of {', '.join(MODES)}")
 
+    metrics = _live_metrics(args, pb_utils, mode, thresholds)
+
     def compute(
-        entropies: Array, plain_entropy: Array, sentinel_label: Array, perturbations: Array, probabilities: Array
+        entropies: Array,
+        plain_entropy: Array,
+        sentinel_label: Array,
+        perturbations: Array,
+        probabilities: Array,
+        canary: Array,
     ) -> list[Array]:
         ran = perturbations[:, 0]
         bits = score_bits(entropies, detector, ran)
@@ -202,11 +224,43 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
         trojaned = thresholds.reject(evidence) | ~np.all(np.isfinite(probabilities), axis=-1)
         labels = guarded_labels(probabilities, trojaned, block=mode == "block")
         p_value = regions.p_value(evidence.scores())
+        metrics.count(canary, trojaned, bits, ran, labels)
         return [labels[:, None], trojaned[:, None], entropy[:, None], p_value[:, None], perturbations, probabilities]
 
     inputs = [*SENTINEL_OUTPUTS, "repaired_probabilities"]
     outputs = ["label", "trojaned", "entropy", "p_value", "perturbations", "probabilities"]
-    return Stage(pb_utils, inputs, outputs, compute)
+    return Stage(pb_utils, inputs, outputs, compute, flag=is_canary, close=metrics.close)
+
+
+def _live_metrics(args: dict[str, str], pb_utils: Any, mode: str, thresholds: Thresholds) -> LiveMetrics:
+    """Return what counts the verdicts of a version of `strip_verdict`."""
+    path = _version_folder(args) / "calibration.json"
+    content = path.read_bytes()
+    config = json.loads(args["model_config"])
+    (classes,) = next(output["dims"] for output in config["output"] if output["name"] == "probabilities")
+    count_labels = os.environ.get("STRIPWIRE_COUNT_LABELS", "0")
+    if count_labels not in ("0", "1") or (count_labels == "1" and int(classes) > MOST_LABELS):
+        raise RepositoryError(
+            f"STRIPWIRE_COUNT_LABELS: got {count_labels!r} for {classes} classes, expected 0, or 1 for at most "
+            f"{MOST_LABELS}: every label is a time series"
+        )
+    try:
+        calibration = json.loads(content)
+        histogram = calibration["histogram"]
+        pairs = zip(histogram["bounds_bits"], histogram["counts"], strict=True)
+        clean = {float(bound): count / histogram["images"] for bound, count in pairs}
+        created = datetime.fromisoformat(calibration["created"]).timestamp()
+    except (KeyError, TypeError, ValueError) as error:
+        raise RepositoryError(f"{path}: no usable calibration ({error!r}); export the model again") from error
+    return LiveMetrics(
+        pb_utils,
+        mode=mode,
+        thresholds=thresholds,
+        clean=clean,
+        calibration={"repository_version": args["model_version"], "sha256": hashlib.sha256(content).hexdigest()},
+        created=created,
+        classes=int(classes) if count_labels == "1" else None,
+    )
 
 
 def layout_of(models: Mapping[str, int]) -> str:

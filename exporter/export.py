@@ -189,6 +189,7 @@ def export(
             early_exit=options.early_exit,
         )
         check_fused(fused, split.calibration.images[:_PARITY_IMAGES], entropies[:_PARITY_IMAGES])
+        calibration = replace(calibration, histogram=fused.histogram)
 
     deciding = measured if options.repair.stop_on_attack else None
     attacks = {"attack": attack, "deciding_attack": deciding}

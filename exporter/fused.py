@@ -29,10 +29,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from detector.calibration import Calibration
+from detector.calibration import Calibration, Histogram
 from detector.conformal import Floats
 from detector.errors import ExportError
-from detector.scores import lower_middle
+from detector.scores import lower_middle, score_bits
 from exporter.entropies import open_graph
 
 MARGIN_BITS = 1e-4
@@ -80,12 +80,14 @@ class Fused:
         early_exit: whether an input that is certain to be accepted by its entropy is spared the rest of its blends.
         shared: how many operators of the sentinel run once for an image and not once for a blend; 0 where it does not
             begin so that they could.
+        histogram: of the scores of clean images, by the blends that run of each.
     """
 
     graph: onnx.ModelProto = field(repr=False)
     plan: Plan
     early_exit: bool
     shared: int
+    histogram: Histogram = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return what the manifest says of it."""
@@ -183,7 +185,10 @@ def fuse(
     )
     model = _model(graph, badnet)
     onnx.checker.check_model(model, full_check=True)
-    return Fused(model, plan, early_exit, len(shared))
+    ordered = entropies_bits[:, list(plan.order)]
+    scores = score_bits(ordered, calibration.detector, exit_rule.ran(ordered, plan))
+    histogram = Histogram.of(scores, calibration.threshold_bits)
+    return Fused(model, plan, early_exit, len(shared), histogram)
 
 
 def check_fused(fused: Fused, images: NDArray[np.uint8], entropies_bits: Floats) -> None:
@@ -238,6 +243,14 @@ class ExitRule:
     def counted(self, entropies_bits: Floats) -> Floats:
         """Return what each entropy counts, (images, perturbations)."""
         return entropies_bits if self.bar_bits is None else (entropies_bits > self.bar_bits).astype(np.float64)
+
+    def ran(self, ordered_bits: Floats, plan: Plan) -> NDArray[np.int64]:
+        """Return how many blends run of each image, (images,), given its entropies in the plan's order."""
+        sums = np.cumsum(self.counted(ordered_bits), axis=1)
+        ran = np.full(len(sums), plan.ends[-1], np.int64)
+        for end in plan.ends[-2::-1]:
+            ran[sums[:, end - 1] > self.enough] = end
+        return ran
 
 
 def plan_stages(counted: Floats, enough: float) -> Plan:

@@ -161,6 +161,7 @@ def recalibrate(
         fused = fuse(badnet, repaired_graph, overlays, alpha, calibration, entropies, early_exit=early_exit)
         checked = parts.calibration[:_CHECKED_IMAGES]
         check_fused(fused, images[checked], entropies[: len(checked)])
+        calibration = replace(calibration, histogram=fused.histogram)
 
     provenance = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -427,7 +428,8 @@ def _write_plain_first(folder: Path, calibration: Calibration) -> None:
 
 def _write_calibration(repository: Path, version: str, calibration: Calibration) -> None:
     folder = _python_version(repository, "strip_verdict", version)
-    _write_text(folder / "calibration.json", json.dumps(calibration.to_json(), indent=2) + "\n")
+    written = calibration.to_json() | {"created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    _write_text(folder / "calibration.json", json.dumps(written, indent=2) + "\n")
     np.savez(folder / "regions.npz", **{name: getattr(calibration.regions, name) for name in REGION_FIELDS})
 
 

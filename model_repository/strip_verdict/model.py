@@ -17,3 +17,7 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all requests of a batch."""
         return self._stage.execute(requests)
+
+    def finalize(self) -> None:
+        """Hand over what was counted last."""
+        self._stage.close()

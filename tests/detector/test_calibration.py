@@ -140,6 +140,20 @@ def test_a_rule_that_makes_no_sense_is_refused(values: tuple[Any, ...], message:
         ThresholdRule(*values)
 
 
+@pytest.mark.parametrize(
+    "rule", [ThresholdRule(target_frr=0.1), ThresholdRule("normal"), ThresholdRule(threshold_bits=7)]
+)
+def test_the_histogram_of_clean_scores_has_a_bound_at_the_threshold(rule: ThresholdRule) -> None:
+    scores = np.random.default_rng(0).gamma(20.0, 0.5, 300)
+    calibration = rule.calibrate(scores[:, None])
+    histogram = calibration.histogram
+    assert calibration.threshold_bits in histogram.bounds_bits
+    assert list(histogram.bounds_bits) == sorted(set(histogram.bounds_bits))
+    assert list(histogram.counts) == [np.count_nonzero(scores <= bound) for bound in histogram.bounds_bits]
+    assert histogram.counts[-1] == histogram.images == 300
+    assert calibration.to_json()["histogram"]["counts"] == histogram.counts
+
+
 def test_entropies_and_nll_need_an_image_each() -> None:
     images = Evidence(np.arange(1.0, 40.0), np.arange(41.0, 80.0), np.arange(39.0))
     calibration = calibrate(images, 0.05, detector="consensus")

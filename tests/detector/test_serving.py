@@ -30,7 +30,7 @@ def arguments(folder: Path, mode: str | None = "block", kind: str = "CPU") -> di
         "model_version": "1",
         "model_instance_kind": kind,
         "model_instance_device_id": "0",
-        "model_config": json.dumps({"parameters": parameters}),
+        "model_config": json.dumps({"parameters": parameters, "output": [{"name": "probabilities", "dims": [3]}]}),
     }
 
 
@@ -56,8 +56,9 @@ def model_folder(tmp_path: Path) -> Path:
 
 def write_detector(folder: Path, detector: str, threshold_nll: float | None = 2.0) -> None:
     """Write what the stages read."""
-    calibration = {"detector": detector, "threshold_bits": 0.5, "threshold_plain_bits": 0.1}
-    calibration |= {"threshold_nll": threshold_nll}
+    calibration: dict[str, Any] = {"detector": detector, "threshold_bits": 0.5, "threshold_plain_bits": 0.1}
+    calibration |= {"threshold_nll": threshold_nll, "created": "2026-01-01T00:00:00+00:00"}
+    calibration["histogram"] = {"bounds_bits": [0.25, 0.5, 1.0], "counts": [1, 3, 4], "images": 4}
     if detector == "strip":
         calibration |= {"threshold_plain_bits": None, "threshold_nll": None}
     (folder / "1" / "calibration.json").write_text(json.dumps(calibration))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,11 @@ class InferenceRequest:
 
     inputs: Sequence[Tensor]
     outputs: Sequence[str]
+    sent: str = ""
+
+    def parameters(self) -> str:
+        """Return the request's parameters, JSON, or nothing where there are none."""
+        return self.sent
 
     def requested_output_names(self) -> list[str]:
         return list(self.outputs)
@@ -48,17 +53,47 @@ class InferenceResponse:
         return {tensor.name(): tensor.as_numpy() for tensor in self.output_tensors}
 
 
+@dataclass
+class Metric:
+    """A metric, and what it was set or incremented to."""
+
+    labels: dict[str, str]
+    value: float = 0.0
+
+    def increment(self, value: float) -> None:
+        self.value += value
+
+    def set(self, value: float) -> None:
+        self.value = value
+
+
+class MetricFamily:
+    """A family of metrics; all of them are in `made`, by name."""
+
+    COUNTER, GAUGE = "counter", "gauge"
+    made: ClassVar[dict[str, MetricFamily]] = {}
+
+    def __init__(self, name: str, description: str, kind: str) -> None:
+        self.description, self.kind, self.metrics = description, kind, list[Metric]()
+        self.made[name] = self
+
+    def Metric(self, labels: dict[str, str]) -> Metric:  # noqa: N802  as Triton has it
+        self.metrics.append(Metric(labels))
+        return self.metrics[-1]
+
+
 @dataclass(frozen=True)
 class PbUtils:
     """What of the module the stages use."""
 
     Tensor: type = Tensor
     InferenceResponse: type = InferenceResponse
+    MetricFamily: type = MetricFamily
 
     def get_input_tensor_by_name(self, request: InferenceRequest, name: str) -> object:
         return next((tensor for tensor in request.inputs if tensor.name() == name), None)
 
 
-def request(outputs: Sequence[str], **inputs: Any) -> InferenceRequest:
-    """Return a request for `outputs` with the arrays given by name."""
-    return InferenceRequest([Tensor(name, np.asarray(array)) for name, array in inputs.items()], outputs)
+def request(outputs: Sequence[str], sent: str = "", **inputs: Any) -> InferenceRequest:
+    """Return a request for `outputs` with the arrays given by name, and with parameters."""
+    return InferenceRequest([Tensor(name, np.asarray(array)) for name, array in inputs.items()], outputs, sent)

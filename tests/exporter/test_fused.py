@@ -309,6 +309,8 @@ def test_most_clean_images_are_spared_blends_and_the_plan_knows_how_many() -> No
     answers = run(fused, images)
     counts = answers["sentinel_perturbations"]
     assert counts.mean() == pytest.approx(fused.plan.expected)
+    at_or_under = [np.count_nonzero(answers["strip"] <= bound + 1e-5) for bound in fused.histogram.bounds_bits]
+    assert at_or_under == list(fused.histogram.counts)  # what is expected of clean traffic is what is served
     assert fused.plan.expected < 8
     assert len(set(counts)) > 1
     so_far = np.cumsum(entropies[:, fused.plan.order], axis=1)

@@ -310,7 +310,7 @@ def test_an_altered_repository_is_neither_calibrated_nor_rolled_back(repository:
 def test_a_repository_of_an_older_format_is_to_be_exported_again(repository: Path) -> None:
     manifest = json.loads((repository / "manifest.json").read_text())
     (repository / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
-    with pytest.raises(RepositoryError, match="got manifest format 1, expected 3; export the repository again"):
+    with pytest.raises(RepositoryError, match="got manifest format 1, expected 4; export the repository again"):
         activate(repository)
 
 
