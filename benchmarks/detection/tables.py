@@ -19,6 +19,9 @@ CSV_NAME = "detection.csv"
 HEADLINE = 0.01
 """The target false rejection rate by which detectors are compared at a glance."""
 
+ENTROPIES = {"strip": "mean (strip)", "consensus": "median (of consensus)"}
+"""What each detector makes of the entropies of blends; sweeps over blends look at that alone."""
+
 Results = dict[str, Any]
 """What was measured of each case, by its name."""
 
@@ -95,6 +98,7 @@ def tables(results: Results) -> str:
             f"Forward passes for an input, beside the one of the network that is served: {costs}.",
             _matrix("AUROC", calibrated, lambda row: f"{row.figures['auroc']:.3f}"),
             *(_target_table(calibrated, target) for target in TARGETS),
+            _seeds_table(calibrated),
             _fixed_table(found),
             *(_weights_table(results, detector) for detector in DETECTORS),
             _choice_table(results),
@@ -113,6 +117,24 @@ def _target_table(found: list[Row], target: float) -> str:
         return f"{100 * far.rate:.1f} ({100 * far.low:.1f}-{100 * far.high:.1f}) [{100 * frr.rate:.1f}]"
 
     return _matrix(f"FAR at a target FRR of {100 * target:g} %, in % (95 % interval) [the FRR then]", found, cell)
+
+
+def _seeds_table(found: Iterable[Row]) -> str:
+    """Return the FAR with each seed, of attacks that were measured with several."""
+    lines: dict[tuple[str, str], dict[str, dict[int, str]]] = {}
+    for row in found:
+        far = row.rate(HEADLINE, "far")
+        if far is not None:
+            of_line = lines.setdefault((CASES[row.case].data, row.attack), {})
+            of_line.setdefault(row.detector, {})[CASES[row.case].seed] = f"{100 * far.rate:.1f}"
+    several = {line: of_line for line, of_line in lines.items() if max(map(len, of_line.values())) > 1}
+    detectors = list(dict.fromkeys(detector for of_line in several.values() for detector in of_line))
+    table = [f"| networks | attack | {' | '.join(detectors)} |", "|---" * (2 + len(detectors)) + "|"]
+    for (data, attack), of_line in several.items():
+        cells = ["; ".join(of_line.get(detector, {}).values()) or "-" for detector in detectors]
+        table.append(f"| {data} | {attack} | {' | '.join(cells)} |")
+    title = f"FAR at a target FRR of {100 * HEADLINE:g} %, in %: a network for each seed"
+    return "\n".join([title, "", *table])
 
 
 def _repair_table(results: Results) -> str:
@@ -174,7 +196,7 @@ def _strip_table(case: str, result: dict[str, Any]) -> str:
 def _weights_table(results: Results, detector: str) -> str:
     """Return the FAR at each weight of the input, and which weight has the highest threshold."""
     lines = [
-        f"`{detector}`: FAR in % at a target FRR of {100 * HEADLINE:g} % by weight of the input",
+        f"{ENTROPIES[detector]}: FAR in % at a target FRR of {100 * HEADLINE:g} % by weight of the input",
         "",
         f"| case | attack | {' | '.join(f'{weight:g}' for weight in WEIGHTS)} | highest threshold at |",
         "|---" * (3 + len(WEIGHTS)) + "|",
@@ -190,14 +212,14 @@ def _weights_table(results: Results, detector: str) -> str:
 def _choice_table(results: Results) -> str:
     """Return the FAR with overlays that chance chose, and with those that clean images chose."""
     lines = [f"FAR at a target FRR of {100 * HEADLINE:g} % [the FRR then] by choice of the ten overlays", ""]
-    lines += ["| case | attack | detector | random | greedy |", "|---|---|---|---|---|"]
+    lines += ["| case | attack | entropies | random | greedy |", "|---|---|---|---|---|"]
     for detector in DETECTORS:
         by_chance = _blends(results, detector, "random")
         for (case, trigger), (greedy,) in _blends(results, detector, "greedy").items():
             random = next(row for row in by_chance[case, trigger] if row["alpha"] == greedy["alpha"])
             errors = [row[f"at_{HEADLINE:g}"] for row in (random, greedy)]
             cells = [f"{_figure(each['far'])} [{100 * each['frr']['rate']:.1f}]" for each in errors]
-            lines.append(f"| {case} | {trigger} | {detector} {greedy['alpha']:g} | {' | '.join(cells)} |")
+            lines.append(f"| {case} | {trigger} | {ENTROPIES[detector]} {greedy['alpha']:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
