@@ -48,6 +48,7 @@ from exporter.report.data import Examples, ReportData, lowest_if_broken, share
 from exporter.report.notices import notices
 
 FORMAT = 1
+_ELSEWHERE = ("calibration_frr", "histogram")  # of a calibration: what else is told here stands for them
 _LEAST_BITS = float(np.finfo(np.float32).tiny)  # where a logarithmic axis begins at the lowest
 _BINS = 50
 _THRESHOLDS = 80
@@ -92,7 +93,7 @@ def document(data: ReportData, version: str, provenance: dict[str, Any]) -> dict
         },
         "layers": [asdict(layer) for layer in data.layers],
         "guard": {
-            **{name: value for name, value in calibration.to_json().items() if name != "calibration_frr"},
+            **{name: value for name, value in calibration.to_json().items() if name not in _ELSEWHERE},
             "alpha": data.alpha,
             "overlays": len(data.overlays),
             "frr": data.false_rejection.to_json(),
