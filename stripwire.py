@@ -329,7 +329,7 @@ def export(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Repair a suspicious Keras model, calibrate STRIP on it, and write a Triton model repository."""
+    """Repair a suspicious Keras model, calibrate a guard on it, and write a Triton model repository."""
     from detector.calibration import ThresholdRule
     from exporter.options import USED, Data, ExportOptions, RepairOptions, check_used
     from exporter.preprocessing import Preprocessing
@@ -515,7 +515,7 @@ def calibrate(
     tls_key: ClientKey = None,
     tls_cert: ClientCertificate = None,
 ) -> None:
-    """Calibrate STRIP again on new clean images: a new version with the same networks."""
+    """Calibrate the guard again on new clean images: a new version with the same networks."""
     from detector.calibration import ThresholdRule
     from exporter.recalibration import RecalibrationOptions, recalibrate
 
@@ -699,9 +699,9 @@ def evaluate(
     console.print(rates_table(escape(f"Through {url}\n{_CAPTION}"), networks))
     if result.auroc is not None:
         console.print(f"AUROC of the entropy: {result.auroc:.4f}; of the p-value: {result.auroc_of_p_value:.4f}")
-    if result.auroc is not None and result.auroc < 0.5:
+    if result.auroc is not None and max(result.auroc, result.auroc_of_p_value or 0.0) < 0.5:
         warn(
-            "the entropy does not tell trojaned images from clean ones: STRIP does not see the trigger, or --clean and "
+            "the guard does not tell trojaned images from clean ones: it does not see the trigger, or --clean and "
             "--trojaned are swapped"
         )
 

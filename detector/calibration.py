@@ -150,7 +150,7 @@ class ThresholdRule:
             )
             raise InputError(
                 f"detector: got consensus with {given}, expected the calibration method quantile, which alone keeps a "
-                "false rejection rate that several thresholds share"
+                "false rejection rate that several thresholds share; or --detector strip"
             )
 
     @property
@@ -178,98 +178,69 @@ class ThresholdRule:
             return fixed_threshold(bits, self.threshold_bits)
         if self.method == "normal":
             return normal_threshold(bits, self.target_frr)
-        evidence = Evidence(bits) if self.detector == "strip" else Evidence(bits, plain_bits, nlls)
-        return calibrate(evidence, self.target_frr, detector=self.detector)
+        if self.detector == "strip":
+            return calibrate(Evidence(bits), self.target_frr)
+        if plain_bits is None:
+            raise InputError("calibration: got no entropies of the images as they are, which consensus looks at")
+        return calibrate(Evidence(bits, plain_bits, nlls), self.target_frr)
 
 
-def calibrate(evidence: Evidence, target_frr: float, *, detector: str = "strip") -> Calibration:
+def calibrate(evidence: Evidence, target_frr: float) -> Calibration:
     """Choose thresholds whose false rejection rate is at most `target_frr` on average.
 
     They bound the largest of the regions of `detector.conformal` whose p-value is at most `target_frr`. With k images
-    of n in it, further clean inputs are rejected at a rate of k / (n + 1) on average over calibration samples, and
+    of n peeled, further clean inputs are rejected at a rate of k / (n + 1) on average over calibration samples, and
     Beta(k, n + 1 - k) distributed given this sample. With one score this is the order statistic of split conformal
-    prediction. With more, each rejects its part of the k images, see `SHARES`: whatever the others are worth, it keeps
+    prediction. With more, each has its part of the k images, see `SHARES`: whatever the others are worth, it keeps
     that.
 
     Args:
-        evidence: on clean calibration images.
+        evidence: on clean calibration images; of the detector `strip` where it is one score, and else of `consensus`.
         target_frr: false rejection rate to aim at, 0 < target_frr < 1.
-        detector: whose evidence it is.
 
     Raises:
         InputError: `target_frr` is outside (0, 1).
-        CalibrationError: too few images for the target, or a score that is not finite.
+        CalibrationError: too few images for the target, a score that is not finite, or images that are all alike.
     """
     check_target_frr(target_frr)
-    regions, note = regions_for(evidence, target_frr)
-    count = len(evidence.bits)
-    allowed = quantile_rank(target_frr, count)
-    needed = least_images(target_frr, with_nlls=evidence.nlls is not None)
+    scores = evidence.scores()
+    regions = peel(scores, SHARES[len(scores)])
+    detector, count = DETECTORS[len(scores) > 1], scores.shape[1]
+    rank, needed = quantile_rank(target_frr, count), least_images(target_frr, with_nlls=evidence.nlls is not None)
     if count < needed:
         raise CalibrationError(
             f"target FRR: got {target_frr:g} with {count} clean calibration images, expected at least {needed} images "
             f"for it with the detector {detector}; give more clean images, or a higher target FRR"
         )
-    region = regions.within(target_frr) - 1
-    if region < 0 or not np.isfinite(regions.thresholds[0, region]):
-        tied = round(regions.p_values[region + 1] * (count + 1))
+    bits, *others = (float(threshold) for threshold in regions.thresholds[:, rank - 1])
+    plain_bits = others[0] if evidence.plain_bits is not None and others[0] >= 0.0 else None
+    thresholds = Thresholds(bits, plain_bits, None if evidence.nlls is None else -others[-1])
+    rejected = int(np.count_nonzero(thresholds.reject(evidence)))
+    if rejected == 0:
+        alike = int(np.count_nonzero(evidence.bits == evidence.bits.min()))
         raise CalibrationError(
-            f"target FRR: {tied} of {count} calibration images look equally suspicious, so no threshold can reject as "
-            f"few as {target_frr:.1%}; the network answers alike whatever is blended in. Choose another --alpha or "
-            "more overlays"
+            f"target FRR: {alike} of {count} calibration images have the lowest entropy of all, so no threshold can "
+            f"reject as few as {target_frr:.1%}; the network answers alike whatever is blended in. Choose another "
+            "--alpha or more overlays"
         )
-    rejected = round(regions.p_values[region] * (count + 1))
-    if rejected < allowed:
-        note = (
-            f"{rejected} of the {allowed} calibration images that the target FRR allows are rejected, because more "
-            "look equally suspicious; the network answers them alike"
-        )
-    bits, *others = (float(threshold) for threshold in regions.thresholds[:, region])
-    plain_bits = others[0] if evidence.plain_bits is not None and np.isfinite(others[0]) else None
-    nll = None if evidence.nlls is None else -others[-1]
-    low, high = frr_range(rejected, count)
     return Calibration(
         detector=detector,
-        threshold_bits=bits,
-        threshold_plain_bits=plain_bits,
-        threshold_nll=nll,
+        threshold_bits=thresholds.bits,
+        threshold_plain_bits=thresholds.plain_bits,
+        threshold_nll=thresholds.nll,
         method="quantile",
         target_frr=target_frr,
         calibration_frr=rejected / count,
-        frr_low=low,
-        frr_high=high,
+        frr_low=frr_range(rejected, count)[0],
+        frr_high=frr_range(rank, count)[1],
         images=count,
         regions=regions,
         histogram=Histogram.of(evidence.bits, bits),
-        note=note,
+        note=""
+        if rejected == rank
+        else f"{rejected} of the {rank} calibration images that the target FRR allows are rejected, because others are "
+        "equally suspicious: the network answers them alike",
     )
-
-
-def regions_for(evidence: Evidence, target_frr: float) -> tuple[Regions, str]:
-    """Return the regions that clean calibration images give, and what to know about them, if there is anything.
-
-    A sentinel may be as sure as float32 can tell of more images than the entropy of its answers to them as they are may
-    reject. Then that plays no part, and the others have its share.
-
-    Args:
-        evidence: on the images.
-        target_frr: false rejection rate to aim at.
-
-    Raises:
-        CalibrationError: there are no images, or a score is not finite.
-    """
-    scores = evidence.scores()
-    shares = SHARES[len(scores)]
-    if evidence.plain_bits is not None:
-        count = len(evidence.plain_bits)
-        alike = int(np.count_nonzero(evidence.plain_bits == evidence.plain_bits.min(initial=np.inf)))
-        if alike > max(1.0, shares[1] * quantile_rank(target_frr, count)):
-            others = (1.0, 0.0) if evidence.nlls is None else (0.5, 0.0, 0.5)
-            return peel(scores, others), (
-                f"the original network is equally sure of {alike} of {count} calibration images as they are, so how "
-                "sure it is of an input plays no part in the verdict"
-            )
-    return peel(scores, shares), ""
 
 
 def quantile_rank(target_frr: float, count: int) -> int:

@@ -8,6 +8,10 @@ Of n exchangeable images, the k-th region holds a further clean input with proba
 the scores' distribution and however they depend on each other (Wald, "An extension of Wilks' method for setting
 tolerance limits", 1943; Tukey's statistically equivalent blocks, 1947). The lowest such share among the regions that
 hold an input is its conformal p-value (Vovk et al., "Algorithmic Learning in a Random World", 2005).
+
+That supposes that no two inputs have the same score. Where the last image peeled ties with one that is left, its region
+ends just before that score, and holds less. Where it ties with none by chance only, because about one in n inputs has
+that very score, the region holds up to a tenth more.
 """
 
 from __future__ import annotations
@@ -33,8 +37,7 @@ class Regions:
 
     Attributes:
         thresholds: (scores, regions), float64, each row ascending; minus infinity where a score plays no part yet.
-        p_values: (regions,), float64, ascending, 0..1: how often a clean input is in the region. Images whose scores
-            are the same are all counted, so that ties make it larger, never smaller.
+        p_values: (regions,), float64, ascending, 0..1: how often a clean input is in the region.
     """
 
     thresholds: NDArray[np.float64]
@@ -54,7 +57,11 @@ class Regions:
         Args:
             scores: (scores, inputs), the lower, the more suspicious; one that is not finite is as suspicious as can be.
         """
-        return np.append(self.p_values, 1.0)[self._first(scores)].astype(np.float32)
+        rounded = np.append(self.p_values, 1.0).astype(np.float32)
+        # Never up: at a target of 5 %, an input of 5 % is rejected, however that is written.
+        up = rounded[:-1] > self.p_values
+        rounded[:-1][up] = np.nextafter(rounded[:-1][up], np.float32(0.0))
+        return rounded[self._first(scores)]
 
     def within(self, rate: float) -> int:
         """Return how many regions there are that a clean input is in no more often than this."""
@@ -88,17 +95,17 @@ def peel(scores: Floats, shares: Sequence[float] = (1.0,)) -> Regions:
     count = scores.shape[1]
     queues = [iter(np.argsort(row, kind="stable")) for row in scores]
     thresholds, current = np.empty((len(scores), count)), np.full(len(scores), _NEVER)
-    peeled, turns = np.zeros(count, bool), np.zeros(len(scores))
+    left, turns = np.ones(count, bool), np.zeros(len(scores))
     for region in range(count):
         turn = int(np.argmax(np.round(np.multiply(shares, region + 1) - turns, 9)))
-        image = next(image for image in queues[turn] if not peeled[image])
-        peeled[image] = True
+        image = next(image for image in queues[turn] if left[image])
+        left[image] = False
         turns[turn] += 1
-        current[turn] = scores[turn, image]
+        score = scores[turn, image]
+        tied = bool((scores[turn, left] == score).any())
+        current[turn] = max(current[turn], np.nextafter(np.float32(score), np.float32(_NEVER)) if tied else score)
         thresholds[:, region] = current
-    regions = Regions(thresholds, np.empty(0))
-    held = np.cumsum(np.bincount(regions._first(scores), minlength=count)[:count])
-    return Regions(thresholds, np.maximum(held, np.arange(1, count + 1)) / (count + 1))
+    return Regions(thresholds, np.arange(1, count + 1) / (count + 1))
 
 
 def check_scores(scores: Floats) -> None:

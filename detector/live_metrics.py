@@ -9,6 +9,7 @@ histogram has; Triton's own takes a message for each observation. PromQL sees no
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,6 +77,7 @@ class LiveMetrics:
                 self._fixed += add(name, family.GAUGE, description, [{}])
                 self._fixed[-1].set(value)
 
+        clean = {float(f"{bound:.6g}"): share for bound, share in clean.items()}  # as the labels say them
         self._bounds = np.array([*clean], np.float64)
         bounds = [f"{bound:.6g}" for bound in self._bounds]
         of_clean = "What share of the clean images that calibrated has an entropy at or under a bound, in bits"
@@ -154,16 +156,25 @@ class LiveMetrics:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._ended.wait(_FLUSH_SECONDS):
-            self._flush()
-        self._flush()
+        ended = False
+        while not ended:
+            ended = self._ended.wait(_FLUSH_SECONDS)
+            try:
+                self._flush()
+            except Exception as error:  # noqa: BLE001  whatever Triton raises: counting must go on, and fail no request
+                print(f"stripwire: metrics could not be handed over, and are kept: {error}", file=sys.stderr)
 
     def _flush(self) -> None:
         with self._lock:
             pending, self._pending = self._pending, np.zeros_like(self._pending)
-        for row, column in zip(pending, self._counters, strict=True):
-            for index in np.flatnonzero(row):
-                column[index].increment(float(row[index]))
+        try:
+            for row, column in zip(pending, self._counters, strict=True):
+                for index in np.flatnonzero(row):
+                    column[index].increment(float(row[index]))
+                    row[index] = 0.0
+        finally:
+            with self._lock:
+                self._pending += pending  # what was not handed over
 
 
 def is_canary(request: Any) -> bool:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from detector.conformal import Floats
 from detector.consensus import is_disputed
+from detector.errors import InputError
 from detector.strip import is_trojaned
 
 DETECTORS = ("strip", "consensus")
@@ -36,6 +37,11 @@ class Evidence:
     bits: Floats
     plain_bits: Floats | None = None
     nlls: Floats | None = None
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a combination that no detector has."""
+        if self.nlls is not None and self.plain_bits is None:
+            raise InputError("evidence: got nlls without entropies of the inputs as they came, expected both")
 
     def scores(self) -> NDArray[np.float64]:
         """Return all that is known, (scores, inputs), the lower, the more suspicious."""
@@ -58,8 +64,8 @@ class Thresholds:
     nll: float | None = None
 
     def reject(self, evidence: Evidence) -> NDArray[np.bool_]:
-        """Return the verdicts, (inputs,): True where a score is at or beyond its threshold, or not a number."""
-        rejected = is_trojaned(evidence.bits, self.bits)
+        """Return the verdicts, (inputs,): True where a score is at or beyond its threshold, or any is not finite."""
+        rejected = is_trojaned(evidence.bits, self.bits) | ~np.isfinite(evidence.scores()).all(axis=0)
         if self.plain_bits is not None:
             rejected = rejected | is_trojaned(evidence.plain_bits, self.plain_bits)
         if self.nll is not None:

@@ -49,6 +49,9 @@ IDENTITY_KEY = "stripwire-identity"
 SENTINEL_OUTPUTS = ("sentinel_entropies", "sentinel_plain_entropy", "sentinel_label", "sentinel_perturbations")
 REGION_FIELDS = ("thresholds", "p_values")
 
+_LEAST_THRESHOLD = -float(np.finfo(np.float32).smallest_subnormal)
+"""Just under 0, a threshold rejects nothing: that of a score which is 0 for too many clean images."""
+
 CONTROL_KEY = "stripwire-control"
 """What the secret is called without which a server loads no model."""
 
@@ -221,9 +224,10 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
             nlls = negative_log_likelihood(probabilities, sentinel_label[:, 0]) if asked else None
             evidence = Evidence(bits, plain_entropy[:, 0], nlls)
         # A label read off broken probabilities means nothing: reject the input.
-        trojaned = thresholds.reject(evidence) | ~np.all(np.isfinite(probabilities), axis=-1)
+        broken = ~np.all(np.isfinite(probabilities), axis=-1)
+        trojaned = thresholds.reject(evidence) | broken
         labels = guarded_labels(probabilities, trojaned, block=mode == "block")
-        p_value = regions.p_value(evidence.scores())
+        p_value = np.where(broken, np.float32(0.0), regions.p_value(evidence.scores()))
         metrics.count(canary, trojaned, bits, ran, labels)
         return [labels[:, None], trojaned[:, None], entropy[:, None], p_value[:, None], perturbations, probabilities]
 
@@ -324,7 +328,7 @@ def read_thresholds(folder: Path) -> tuple[str, Thresholds]:
         raise RepositoryError(f"{path}: detector is {detector!r}, expected one of {', '.join(DETECTORS)}")
     for field, name in fields.items():
         value = getattr(thresholds, field)
-        if value is not None and not (np.isfinite(value) and value >= 0):
+        if value is not None and not (np.isfinite(value) and value >= _LEAST_THRESHOLD):
             raise RepositoryError(f"{path}: {name} is {value}, expected a finite number of at least 0")
         if detector == "strip" and field != "bits" and value is not None:
             raise RepositoryError(f"{path}: {name} is {value} with the detector strip, expected null")

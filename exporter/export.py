@@ -166,7 +166,10 @@ def export(
 
     if labels is not None and repair.changed:
         nlls = measure_nlls(repaired_session, split.calibration.images, labels, on_progress)
-        calibration = options.rule.calibrate(entropies, plain_bits, nlls)
+        try:
+            calibration = options.rule.calibrate(entropies, plain_bits, nlls)
+        except CalibrationError as error:  # what was calibrated before the repair still holds
+            calibration = replace(calibration, note=f"the repaired network is not asked: {error}")
 
     def evidence_of(samples: Samples, entropies_bits: NDArray[np.float32]) -> Evidence:
         bits = score_bits(entropies_bits, calibration.detector)
@@ -188,7 +191,9 @@ def export(
             entropies,
             early_exit=options.early_exit,
         )
-        check_fused(fused, split.calibration.images[:_PARITY_IMAGES], entropies[:_PARITY_IMAGES])
+        checked = slice(_PARITY_IMAGES)
+        plain = None if plain_bits is None else plain_bits[checked]
+        check_fused(fused, split.calibration.images[checked], entropies[checked], plain)
         calibration = replace(calibration, histogram=fused.histogram)
 
     deciding = measured if options.repair.stop_on_attack else None

@@ -47,6 +47,7 @@ _PLANNING_IMAGES = 1000
 _MOST_SHARED_BYTES = 2**28  # what a graph may hold of overlays that went through a convolution
 _CHECKED_AT_ONCE = 32
 _TOLERANCE_BITS = 1e-4
+_ROUNDING = 1e-30  # under which entropies in bits, float32 knows nothing
 
 _AFFINE = ("Identity", "Transpose", "Reshape", "Pad", "Add", "Sub", "Mul", "BatchNormalization", "Conv", "MatMul")
 _WORK = ("Conv", "MatMul")
@@ -191,28 +192,36 @@ def fuse(
     return Fused(model, plan, early_exit, len(shared), histogram)
 
 
-def check_fused(fused: Fused, images: NDArray[np.uint8], entropies_bits: Floats) -> None:
+def check_fused(
+    fused: Fused, images: NDArray[np.uint8], entropies_bits: Floats, plain_bits: Floats | None = None
+) -> None:
     """Check on real images that the fused graph finds what the sentinel's graph found.
 
     Args:
         fused: what `fuse` made.
         images: (images, height, width, channels), uint8.
         entropies_bits: of these images with each overlay, (images, perturbations), see `exporter.entropies`.
+        plain_bits: of these images as they are, (images,), where the graph says that.
 
     Raises:
-        ExportError: an entropy differs by more than 1e-4 bits.
+        ExportError: an entropy differs by more than 1e-4 bits, or that of an image as it is by more than a tenth.
     """
     session = open_graph(fused.graph.SerializeToString())
-    outputs = ["sentinel_entropies", "sentinel_perturbations"]
+    outputs = ["sentinel_entropies", "sentinel_perturbations", "sentinel_plain_entropy"]
     for start in range(0, len(images), _CHECKED_AT_ONCE):
         rows = slice(start, start + _CHECKED_AT_ONCE)
-        found, counts = session.run(outputs, {"image": images[rows]})
+        found, counts, found_plain = session.run(outputs, {"image": images[rows]})
         ran = np.arange(found.shape[1]) < counts
         difference = float(np.max(np.abs(found - entropies_bits[rows][:, list(fused.plan.order)])[ran]))
         if not difference <= _TOLERANCE_BITS:
             raise ExportError(
                 f"fused layout: its entropies differ from the sentinel's by {difference:.2g} bits, expected at most "
                 f"{_TOLERANCE_BITS:g}; nothing was exported. Use --layout ensemble"
+            )
+        if plain_bits is not None and not np.allclose(found_plain[:, 0], plain_bits[rows], rtol=0.1, atol=_ROUNDING):
+            raise ExportError(
+                "fused layout: its entropies of images as they are differ from the sentinel's by more than a tenth; "
+                "nothing was exported. Use --layout ensemble"
             )
 
 

@@ -160,7 +160,8 @@ def recalibrate(
         early_exit = manifest["versions"][base][FUSED]["early_exit"]
         fused = fuse(badnet, repaired_graph, overlays, alpha, calibration, entropies, early_exit=early_exit)
         checked = parts.calibration[:_CHECKED_IMAGES]
-        check_fused(fused, images[checked], entropies[: len(checked)])
+        plain = None if plain_bits is None else plain_bits[: len(checked)]
+        check_fused(fused, images[checked], entropies[: len(checked)], plain)
         calibration = replace(calibration, histogram=fused.histogram)
 
     provenance = {

@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from benchmarks.detection.art_strip import art_entropies
 from benchmarks.detection.cases import OVERLAYS, SEED, TARGETS, Material, some
 from benchmarks.detection.scale_up import FACTORS, THRESHOLD, consistency, scaled_labels, standardized
-from detector.calibration import ALPHAS, least_images, regions_for
-from detector.conformal import Floats, Regions
+from detector.calibration import ALPHAS, SHARES, least_images
+from detector.conformal import Floats, Regions, peel
 from detector.scores import Evidence, score_bits
 from detector.statistics import Proportion, auroc
 from detector.strip import is_trojaned
 from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, measure_plain, open_graph
 
+REVISION = 2
+"""Of what detectors compute: what was measured of another one is measured again."""
 COUNT = OVERLAYS[0]
 REPORTS_BITS = 0.5
 """The source report's threshold."""
@@ -173,7 +175,7 @@ def judge_evidence(known: Known, at: float | None = None, *, calibrated: bool = 
     """
     scores = {name: evidence.scores() for name, evidence in known.items()}
     count = scores[CALIBRATION].shape[1]
-    regions, _ = regions_for(known[CALIBRATION], TARGETS[1])
+    regions = peel(scores[CALIBRATION], SHARES[len(scores[CALIBRATION])])
     # A p-value cannot tell inputs apart that no calibration image is as suspicious as; a single score can.
     suspicion = {name: -part[0] if len(part) == 1 else -regions.p_value(part) for name, part in scores.items()}
     results: dict[str, dict[str, Any]] = {}
@@ -184,7 +186,6 @@ def judge_evidence(known: Known, at: float | None = None, *, calibrated: bool = 
         for target in TARGETS if calibrated else ():
             result[f"at_{target:g}"] = None
             if count >= least_images(target, with_nlls=known[CALIBRATION].nlls is not None):
-                regions, _ = regions_for(known[CALIBRATION], target)
                 verdicts = (rejects(regions, target, scores[name]) for name in (CLEAN, attack))
                 result[f"at_{target:g}"] = errors_of(*verdicts)
         results[attack] = result
@@ -194,8 +195,7 @@ def judge_evidence(known: Known, at: float | None = None, *, calibrated: bool = 
 def rejects(regions: Regions, target: float, scores: Floats) -> NDArray[np.bool_]:
     """Return which images lie in the largest region that a clean input is in no more often than the target has it.
 
-    `detector.calibration.calibrate` takes the same thresholds, and refuses where there is none; here none rejects
-    nothing.
+    `detector.calibration.calibrate` takes the same thresholds.
 
     Args:
         regions: of the calibration images.

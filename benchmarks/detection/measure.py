@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from benchmarks.detection.cases import JOINED, OVERLAYS, SEED, TARGETS, Material
-from benchmarks.detection.detectors import Measured, compared, judge
+from benchmarks.detection.detectors import REVISION, Measured, compared, judge
 from benchmarks.detection.sweeps import ALPHAS, blend_sweep, strip_sweep
 from benchmarks.files import write_whole
 from exporter.convert import repaired_graph, to_onnx
@@ -42,6 +42,8 @@ def measure(material: Material, file: Path, *, images: int, only: tuple[str, ...
         results = {"key": key, "machine": platform.machine()}
         results["received"] = _rates(material.model, material)
         _save(file, results)
+    if results.get("revision") != REVISION:
+        results |= {"revision": REVISION, "detectors": {}}
     if material.sweep and "strip" not in results:
         results["strip"] = strip_sweep(material, images, report)
         _save(file, results)

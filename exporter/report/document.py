@@ -1,9 +1,9 @@
 """The numbers of a report, as `report.json` holds them; figures and page are drawn from these alone.
 
-Keys of the JSON, format 1. Rates and shares are 0..1, entropies in bits; null is what was not measured. A *proportion*
+Keys of the JSON, format 2. Rates and shares are 0..1, entropies in bits; null is what was not measured. A *proportion*
 is {rate, low, high, successes, count}: the rate, its exact 95 % interval, and what it rests on.
 
-- `format`: 1.
+- `format`: 2.
 - `model`, `version`: the file that came in, the number of the version that was written.
 - `notices`: [{level, text}], the most important first; level is `alarm` or `note`.
 - `networks`: {original, repaired}, each {clean_accuracy, attack_success, recovered_accuracy}: proportions.
@@ -47,7 +47,7 @@ from detector.strip import is_trojaned
 from exporter.report.data import Examples, ReportData, lowest_if_broken, share
 from exporter.report.notices import notices
 
-FORMAT = 1
+FORMAT = 2
 _ELSEWHERE = ("calibration_frr", "histogram")  # of a calibration: what else is told here stands for them
 _LEAST_BITS = float(np.finfo(np.float32).tiny)  # where a logarithmic axis begins at the lowest
 _BINS = 50

@@ -245,7 +245,7 @@ def _roc(numbers: dict[str, Any]) -> Drawn:
         axes.plot(by_entropy["frr"], by_entropy["detection_rate"], color=_CLEAN, label=alone, clip_on=False)
         if together is not None:
             detection_rate = together["detection_rate"]
-            axes.plot(together["frr"], detection_rate, color=_RECOVERED, label="both together", clip_on=False)
+            axes.plot(together["frr"], detection_rate, color=_RECOVERED, label="all together", clip_on=False)
         chance = np.linspace(0, 1, 200)
         axes.plot(chance, chance, ":", color=_TEXT, linewidth=1, label="chance")
         used = "the one in use"

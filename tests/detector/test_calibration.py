@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from scipy import stats
 from detector.calibration import Calibration, ThresholdRule, calibrate, fixed_threshold, normal_threshold
 from detector.errors import CalibrationError, InputError, StripwireError
 from detector.scores import Evidence, Thresholds
+from detector.statistics import frr_range
 
 
 def by_strip(entropies: NDArray[np.float64], target_frr: float) -> Calibration:
@@ -156,14 +156,14 @@ def test_the_histogram_of_clean_scores_has_a_bound_at_the_threshold(rule: Thresh
 
 def test_entropies_and_nll_need_an_image_each() -> None:
     images = Evidence(np.arange(1.0, 40.0), np.arange(41.0, 80.0), np.arange(39.0))
-    calibration = calibrate(images, 0.05, detector="consensus")
+    calibration = calibrate(images, 0.05)
     # Two of 39: the first by its nll, the second by the median of its entropies.
     assert calibration.thresholds == Thresholds(1.0, None, 38.0)
     new = Evidence(np.array([1.0, 1.1, 1.1]), np.zeros(3), np.array([0.0, 38.0, 37.9]))
     assert calibration.thresholds.reject(new).tolist() == [True, True, False]
     fewer = Evidence(*(part[1:] for part in vars(images).values()))
     with pytest.raises(CalibrationError, match="38 clean calibration images, expected at least 39 images for it with"):
-        calibrate(fewer, 0.05, detector="consensus")
+        calibrate(fewer, 0.05)
 
 
 def test_with_more_images_the_entropy_of_the_input_as_it_came_has_a_threshold_too() -> None:
@@ -173,27 +173,67 @@ def test_with_more_images_the_entropy_of_the_input_as_it_came_has_a_threshold_to
 
 
 @pytest.mark.parametrize("with_nlls", [False, True])
-def test_a_sentinel_that_is_equally_sure_of_too_many_images_is_not_asked_how_sure_it_is(with_nlls: bool) -> None:
-    plain_bits, nlls = np.concatenate([np.zeros(2), np.arange(1.0, 98.0)]), np.arange(99.0)[::-1] if with_nlls else None
-    images = Evidence(np.arange(1.0, 100.0)[::-1], plain_bits, nlls)
-    calibration = calibrate(images, 0.05, detector="consensus")  # of 5 rejections, it would have 2 or 1
-    if not with_nlls:
-        assert calibration.threshold_plain_bits == 0.0
-        assert calibration.note == ""
-    images = replace(images, plain_bits=np.maximum(plain_bits, 5.0))
-    calibration = calibrate(images, 0.05, detector="consensus")
-    assert calibration.thresholds == (Thresholds(3.0, None, 97.0) if with_nlls else Thresholds(5.0))
-    assert calibration.calibration_frr == 5 / 99
-    assert "equally sure of 7 of 99 calibration images" in calibration.note
+def test_a_score_of_which_too_many_images_have_the_lowest_rejects_nothing(with_nlls: bool) -> None:
+    nlls = np.arange(99.0) if with_nlls else None
+    images = Evidence(np.arange(1.0, 100.0), np.concatenate([np.zeros(30), np.arange(1.0, 70.0)]), nlls)
+    calibration = calibrate(images, 0.05)
+    # Of five turns, those of the confidence take an image each, and reject it only if another score does.
+    assert calibration.thresholds == (Thresholds(1.0, None, 96.0) if with_nlls else Thresholds(5.0))
+    rejected = 4 if with_nlls else 5
+    assert calibration.calibration_frr == rejected / 99
+    assert calibration.note.startswith("4 of the 5 calibration images that the target FRR") == with_nlls
+    assert calibration.frr_low == frr_range(rejected, 99)[0]
+    assert calibration.frr_high == frr_range(5, 99)[1]
     assert len(calibration.regions.thresholds) == (3 if with_nlls else 2)  # as the server expects of consensus
+    assert by_strip(np.arange(1.0, 100.0), 0.05).note == ""
+
+
+def test_a_repaired_network_that_believes_nearly_everything_costs_the_others_nothing() -> None:
+    nlls = np.concatenate([np.arange(1.0, 3.0), np.zeros(97)])
+    calibration = calibrate(Evidence(np.arange(1.0, 100.0)[::-1], np.arange(1.0, 100.0)[::-1] * 2, nlls), 0.1)
+    assert calibration.thresholds.nll is not None
+    assert 0.0 < calibration.thresholds.nll < 1e-40  # any doubt at all, and no image of which there is none
+    assert calibration.thresholds.plain_bits is not None
+    assert calibration.thresholds.bits >= 2.0
 
 
 def test_where_ties_forbid_some_rejections_the_others_are_kept_and_it_is_noted() -> None:
     calibration = by_strip(np.concatenate([np.arange(2.0), np.full(30, 2.0), np.arange(3.0, 70.0)]), 0.05)
-    assert calibration.thresholds == Thresholds(1.0)
+    assert 1.0 < calibration.threshold_bits < 2.0
     assert calibration.calibration_frr == 2 / 99
     assert calibration.note.startswith("2 of the 5 calibration images that the target FRR allows are rejected")
-    assert by_strip(np.arange(1.0, 100.0), 0.05).note == ""
+
+
+@pytest.mark.parametrize("atom", [0.0, 0.01, 0.03, 0.2])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_ties_make_further_rejections_rarer_or_at_most_a_tenth_more_frequent(atom: float, rows: int) -> None:
+    generator = np.random.default_rng(0)
+    rates: list[float] = []
+    for _ in range(1500):
+        scores = generator.random((rows, 99 + 100))
+        scores[-2:, :][generator.random(scores[-2:, :].shape) < atom] = 0.0
+        scores[rows == 3 and 2 :, :] *= -1 if rows == 3 else 1
+        known, new = (Evidence(*part) for part in (scores[:, :99], scores[:, 99:]))
+        try:
+            rates.append(float(np.mean(calibrate(known, 0.1).thresholds.reject(new))))
+        except CalibrationError:
+            rates.append(0.0)  # nothing is served
+    tolerance = 4 * np.std(rates) / np.sqrt(len(rates))
+    assert np.mean(rates) <= (0.1 if atom == 0.0 else 0.11) + tolerance
+    assert np.mean(rates) > 0.02 or atom == 0.2
+
+
+@pytest.mark.parametrize("target", [0.05, 0.2])
+def test_what_the_blends_show_at_their_share_is_found_whatever_else_is_worth_nothing(target: float) -> None:
+    generator = np.random.default_rng(1)
+    bits, plain_bits = generator.gamma(2.0, 1.0, 399), generator.gamma(2.0, 1.0, 399)
+    calibration = calibrate(Evidence(bits, plain_bits, generator.gamma(0.2, 0.5, 399)), target)
+    alone = by_strip(bits, target / 4)
+    # The repair failed: the networks agree on trojaned inputs, and the attacker hid the confidence.
+    trojaned = generator.gamma(0.5, 1.0, 1000)
+    found = calibration.thresholds.reject(Evidence(trojaned, np.full(1000, 9.0), np.zeros(1000)))
+    assert found.mean() > 0.02
+    assert (found >= alone.thresholds.reject(Evidence(trojaned))).all()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,27 @@ def test_the_verdict_stage_tells_canaries_from_live_traffic(found: Found, tmp_pa
         ("canary", "rejected", "block"): 1,
     }
     assert "stripwire_labels_total" not in MetricFamily.made
+
+
+def test_what_could_not_be_handed_over_is_kept(found: Found, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = metrics_of()
+    counter = MetricFamily.made["stripwire_perturbations_total"].metrics[0]
+    increment, tries = counter.increment, []
+
+    def fails_first(value: float) -> None:
+        tries.append(value)
+        if len(tries) == 1:
+            raise RuntimeError("the server is busy")
+        increment(value)
+
+    counter.increment = fails_first  # type: ignore[method-assign]
+    one = np.ones(1, bool), np.zeros(1, bool), np.ones(1), np.array([7], np.int32), np.zeros(1, np.int32)
+    metrics.count(~one[0], *one[1:])
+    time.sleep(0.6)
+    metrics.close()
+    assert found("perturbations_total") == {("live",): 7}
+    assert found("inputs_total") == {("live", "accepted", "block"): 1}
+    assert "the server is busy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("value", "classes"), [("1", 3), ("1", 1001), ("yes", 3)])

@@ -159,9 +159,12 @@ def test_consensus_does_without_a_repaired_network_that_is_the_original_one(mode
     assert answer.arrays()["trojaned"].tolist() == [[False], [True], [True]]
 
 
+@pytest.mark.parametrize("plain_bits", [0.1, None], ids=["", "even where it has no threshold"])
 @pytest.mark.parametrize("name", ["sentinel_entropies", "sentinel_plain_entropy", "repaired_probabilities"])
-def test_what_is_not_a_number_is_rejected(model_folder: Path, name: str) -> None:
+def test_what_is_not_a_number_is_rejected(model_folder: Path, name: str, plain_bits: float | None) -> None:
     write_detector(model_folder, "consensus")
+    path = model_folder / "1" / "calibration.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"threshold_plain_bits": plain_bits}))
     found = opinions([[9.0]]) | {"sentinel_plain_entropy": np.array([[9.0]], np.float32)}
     found |= {"sentinel_label": np.array([[0]], np.int32), "repaired_probabilities": np.ones((1, 2), np.float32)}
     stage = verdict_stage(arguments(model_folder), PbUtils())

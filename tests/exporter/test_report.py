@@ -255,9 +255,9 @@ class Overlays(Strict):
 
 
 class Numbers(Strict):
-    """The keys of `report.json`, format 1."""
+    """The keys of `report.json`, format 2."""
 
-    format: int = Field(ge=1, le=1)
+    format: int = Field(ge=2, le=2)
     model: str
     version: str
     notices: list[dict[str, str]]
@@ -314,7 +314,7 @@ def test_all_that_consensus_looks_at_is_shown(tmp_path: Path) -> None:
     assert numbers["guard"]["frr"]["rate"] == pytest.approx(0.05, abs=0.04)
     assert "The thresholds aim at an FRR of 5.0 % together" in page.text
     assert "it asks the repaired network" in page.text
-    assert "a quarter of which is the median's" in page.text
+    assert "a quarter is the median's, a quarter the confidence's, and half the nll's" in page.text
     assert 1e-9 < numbers["histogram"]["edges_bits"][0] < 0.01  # where the first image is, not where numbers end
     assert 0.01 < numbers["thresholds"]["threshold_bits"][0] < 0.2
     alone, _ = written(tmp_path, report_data())
