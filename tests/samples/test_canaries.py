@@ -29,7 +29,7 @@ METADATA: dict[str, Any] = {
 
 def canaries(**changes: Any) -> Canaries:
     images = np.arange(4 * 36, dtype=np.uint8).reshape(4, *SHAPE)
-    given = {"images": images, "trojaned": np.array([False, False, True, True]), "classes": 5}
+    given: dict[str, Any] = {"images": images, "trojaned": np.array([False, False, True, True]), "classes": 5}
     return Canaries(**(given | changes))
 
 
