@@ -92,6 +92,10 @@ class Canaries:
         height, width, channels = self.images.shape[1:]
         return height, width, channels
 
+    def different(self, *, trojaned: bool) -> int:
+        """Return how many different images there are, trojaned or clean: one that is there twice is one sample."""
+        return len({image.tobytes() for image in self.images[self.trojaned == trojaned]})
+
 
 def choose_canaries(
     clean: NDArray[np.uint8], trojaned: NDArray[np.uint8] | None, count: int, seed: int

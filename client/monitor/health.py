@@ -128,12 +128,15 @@ class Health:
         now = self._clock()
         with self._lock:
             before, self._last = self._last, outcome
+            gone = outcome.kind == "unavailable"
             if outcome.kind is None:
-                self._answered_at, self._failing_since, self._unhealed = now, None, ""
-            elif outcome.kind not in _DEADLY or (outcome.kind == "unavailable" and self._answered_at is None):
+                self._answered_at = now
+            if outcome.kind is None or gone:
+                self._unhealed = ""
+            if outcome.kind not in _DEADLY or (gone and self._answered_at is None):
                 self._failing_since = None
-            elif self._failing_since is None:
-                self._failing_since = now
+            elif self._failing_since is None or (gone and before is not None and before.kind != "unavailable"):
+                self._failing_since = now  # one that is started anew has its time, whatever the one before had done
         changed = before is None or before.kind != outcome.kind
         if outcome.kind is None and changed:
             log(logging.INFO, "canaries get verdicts")

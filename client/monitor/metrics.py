@@ -71,8 +71,8 @@ class MonitorMetrics:
             self.refusals.labels(reason)
 
         images = Gauge("stripwire_canary_images", "Different canaries that are sent.", ("truth",), registry=registry)
-        images.labels("clean").set(int((~canaries.trojaned).sum()))
-        images.labels("trojaned").set(int(canaries.trojaned.sum()))
+        images.labels("clean").set(canaries.different(trojaned=False))
+        images.labels("trojaned").set(canaries.different(trojaned=True))
         for name, meaning, value in (
             (
                 "stripwire_calibrated_frr_upper",

@@ -57,6 +57,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["canaries.npz"]
 
 
+def test_an_image_that_is_there_twice_is_one_sample() -> None:
+    images = np.zeros((4, *SHAPE), np.uint8)
+    images[3] = 1
+    twice = canaries(images=images)
+    assert (twice.different(trojaned=False), twice.different(trojaned=True)) == (1, 2)
+
+
 def test_promises_that_nobody_made_stay_unknown(tmp_path: Path) -> None:
     write_canaries(tmp_path / "canaries.npz", canaries())
     read = read_canaries(tmp_path / "canaries.npz")

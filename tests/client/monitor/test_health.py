@@ -167,6 +167,23 @@ def test_where_control_is_not_allowed_liveness_fails_and_names_the_model(
     assert watched.state() == (True, True)
 
 
+def test_a_server_that_is_started_anew_has_its_time(watched: Watched, ensemble: EmbeddedTriton) -> None:
+    watched.control_token = "the-wrong-token-altogether"  # noqa: S105
+    watched.rounds()
+    kill(ensemble, "repaired")
+    watched.rounds()
+    assert watched.state() == (False, False)
+    watched.url = AWAY
+    watched.rounds()
+    assert watched.state() == (False, True)
+    watched.rounds(2, every=61)
+    assert watched.state() == (False, False)
+    watched.url, watched.control_token = ensemble.grpc_address, ensemble.control_token
+    watched.rounds()
+    assert watched.reloads() == {("repaired", "died"): 1}
+    assert watched.state() == (True, True)
+
+
 def test_a_reload_keeps_the_versions_that_run(exported: Path, tmp_path: Path) -> None:
     from exporter.repository import activate
 
