@@ -336,6 +336,8 @@ class EmbeddedTriton:
             f"--grpc-port={self._ports['gRPC']}",
             f"--metrics-address={self.host}",
             f"--metrics-port={self._ports['metrics']}",
+            "--metrics-config=summary_latencies=true",
+            "--metrics-config=summary_quantiles=0.5:0.05,0.99:0.001",  # with how far off each may be
             "--allow-gpu-metrics=false",
             "--exit-timeout-secs=10",
             # Versions are switched by asking for it. Whoever may load a model may run code: only with the token.
