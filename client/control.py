@@ -127,6 +127,23 @@ class ModelControl:
                 self._hold_only({name: models[name] for name in renewed} | dict.fromkeys(held.keys() - needed))
         return True
 
+    def reload(self, model: str) -> None:
+        """Unload one model and load it as it ran: what heals a model whose process died, which Triton calls ready.
+
+        Requests fail meanwhile, as they did before. A model that is not loaded is loaded as its files say.
+
+        Raises:
+            AccessDeniedError: the server asks for another control token.
+            ServerError: the model could not be loaded; it may be gone from the server then.
+        """
+        self.check_access()
+        config = None
+        with suppress(ServerError):  # it is not loaded
+            config = json_format.MessageToJson(self._config(model), preserving_proto_field_name=True)
+        if config is not None:
+            self._client.ask(model, lambda triton, **options: triton.unload_model(model, **options))
+        self._client.ask(model, lambda triton, **options: triton.load_model(model, config=config, **options))
+
     def _went_on(self, before: ModelConfig, old: str, models: Mapping[str, int | None]) -> str | None:
         """Return what the server serves after a failure, put back to what it was if need be; None for nothing."""
         with suppress(ServerError):  # what matters is the first error

@@ -8,6 +8,7 @@ StripwireError
 ├── CalibrationError            the clean sample cannot support what was asked of it
 ├── ExportError                 the exported nets do not do what the Keras nets do
 ├── SetupError                  something that Stripwire needs is missing on this machine
+├── RecordError                 the monitor's record cannot be written or read
 └── ServerError                 the server could not start, or did not answer as it should
     ├── ServerStartError        tritonserver did not become ready
     ├── ServerUnavailableError  nothing answers at the address, after the retries
@@ -51,6 +52,10 @@ class ExportError(StripwireError):
 
 class SetupError(StripwireError):
     """Something that Stripwire needs is missing on this machine."""
+
+
+class RecordError(StripwireError):
+    """The monitor's record of feedback cannot be written or read."""
 
 
 class ServerError(StripwireError):

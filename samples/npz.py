@@ -25,7 +25,7 @@ _GROUPS = ("groups", "group")
 # Of other kinds, zipfile unpacks as much at once as the file likes.
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 # What zipfile and NumPy raise at a damaged file, or at something else.
-_DAMAGE = (
+DAMAGE = (
     EOFError,
     LookupError,
     MemoryError,
@@ -58,15 +58,15 @@ def open_npz(path: Path) -> Iterator[StoredDataset]:
     try:
         with zipfile.ZipFile(path) as archive:
             images, labels = _names(path, archive)
-            stored = _stored(path, archive, images)
+            stored = stored_array(path, archive, images)
             axes = _axes(path, stored)
             true_labels, groups = (_optional(path, archive, names) for names in (_TRUE_LABELS, _GROUPS))
-            yield StoredDataset(stored, axes, _stored(path, archive, labels), true_labels, groups)
+            yield StoredDataset(stored, axes, stored_array(path, archive, labels), true_labels, groups)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
     except DataError:
         raise
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise DataError(f"{path}: cannot be read as .npz of plain numbers ({error}); is it complete?") from error
 
 
@@ -86,7 +86,7 @@ def _optional(path: Path, archive: zipfile.ZipFile, names: tuple[str, str]) -> S
     found = [name for name in names if f"{name}.npy" in archive.namelist()]
     if len(found) > 1:
         raise DataError(f"{path}: has both `{names[0]}` and `{names[1]}`, expected one of them")
-    return _stored(path, archive, found[0]) if found else None
+    return stored_array(path, archive, found[0]) if found else None
 
 
 def _axes(path: Path, images: StoredArray) -> str:
@@ -107,7 +107,8 @@ def _axes(path: Path, images: StoredArray) -> str:
     )
 
 
-def _stored(path: Path, archive: zipfile.ZipFile, name: str) -> StoredArray:
+def stored_array(path: Path, archive: zipfile.ZipFile, name: str) -> StoredArray:
+    """Return an array of the archive, to be read in pieces; reading raises DataError, or one of `DAMAGE`."""
     member = archive.getinfo(f"{name}.npy")
     if member.compress_type not in _COMPRESSIONS:
         raise DataError(f"{path}: `{name}` is packed in a way that NumPy does not use; write it by np.savez_compressed")

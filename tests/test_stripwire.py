@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -37,11 +38,12 @@ from exporter.preprocessing import SCALES
 from exporter.training import OPTIMIZERS as LEARNING_RATES
 from model_repository.manifest import verify_repository
 from samples.attacks import ATTACKS
+from samples.canaries import read_canaries
 from samples.hdf5 import read_hdf5
 
 COMMANDS = (
     *("demo", "train-badnet", "train-badnet-on", "export", "serve"),
-    *("calibrate", "rollback", "reload", "classify", "evaluate"),
+    *("calibrate", "rollback", "reload", "classify", "evaluate", "canaries", "monitor"),
 )
 
 
@@ -92,6 +94,37 @@ def test_an_image_of_another_size_is_resized_only_when_asked(
     assert run(monkeypatch, "classify", tmp_path / "large.png", "--url", server.grpc_address) == 2
     assert "--resize" in capsys.readouterr().err
     assert run(monkeypatch, "classify", tmp_path / "large.png", "--url", server.grpc_address, "--resize") == 0
+
+
+def test_canaries_know_what_the_repository_promises(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], repository: Path, badnet: Path, tmp_path: Path
+) -> None:
+    files = (badnet / "clean_test_data.h5", badnet / "sunglasses_poisoned_data.h5")
+    output = tmp_path / "canaries.npz"
+    options = ("--repository", repository, "--output", output, "--count", "20")
+    assert run(monkeypatch, "canaries", *files, *options) == 0
+    assert "20 clean and 20 trojaned canaries written" in capsys.readouterr().out
+    written = read_canaries(output)
+    entry = verify_repository(repository)["versions"]["1"]
+    assert (written.version, written.classes, written.image_shape) == ("1", 12, (55, 47, 3))
+    assert written.frr_upper == entry["calibration"]["frr_high"]
+    assert written.far_upper is None  # this export was given no attack samples
+    assert written.calibrated_at is not None
+    assert abs(written.calibrated_at - time.time()) < 24 * 3600
+
+
+def test_canaries_without_a_repository_promise_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], badnet: Path, tmp_path: Path
+) -> None:
+    clean, output = badnet / "clean_test_data.h5", tmp_path / "canaries.npz"
+    assert run(monkeypatch, "canaries", clean, "--output", output) == 2
+    assert "got neither it nor classes" in capsys.readouterr().err
+    assert run(monkeypatch, "canaries", clean, "--output", output, "--classes", "12", "--repository", tmp_path) == 2
+    assert "got classes as well" in capsys.readouterr().err
+    assert run(monkeypatch, "canaries", clean, "--output", output, "--classes", "12") == 0
+    assert "without trojaned canaries nobody sees the FAR" in capsys.readouterr().err
+    written = read_canaries(output)
+    assert (written.classes, written.version, written.frr_upper, int(written.trojaned.sum())) == (12, None, None, 0)
 
 
 def test_evaluate_prints_rates_with_intervals_and_sample_sizes(

@@ -1,0 +1,119 @@
+"""Sends one canary after another, and counts what came of each."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.api import GuardedClient
+from client.monitor.metrics import MonitorMetrics
+from detector.errors import (
+    AccessDeniedError,
+    DataError,
+    DeadlineExceededError,
+    InputError,
+    RequestRejectedError,
+    ServerError,
+    ServerUnavailableError,
+)
+from samples.canaries import Canaries
+
+KIND_OF_ERROR = MappingProxyType(
+    {
+        ServerUnavailableError: "unavailable",
+        DeadlineExceededError: "deadline",
+        AccessDeniedError: "denied",
+        RequestRejectedError: "rejected",
+        InputError: "mismatch",
+        ServerError: "failed",
+    }
+)
+"""What an error with a canary is counted as."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one canary.
+
+    Attributes:
+        kind: why it got no verdict, one of `client.monitor.metrics.ERROR_KINDS`; None where it got one.
+        why: the error's own words.
+    """
+
+    kind: str | None = None
+    why: str = ""
+
+
+class CanarySender:
+    """Sends canaries, clean and trojaned in turns, each kind over and over.
+
+    Args:
+        canaries: what to send.
+        connect: opens a client; called again after every error, since the server may be another one then.
+        metrics: where outcomes are counted.
+        clock: seconds that never jump.
+    """
+
+    def __init__(
+        self,
+        canaries: Canaries,
+        connect: Callable[[], GuardedClient],
+        metrics: MonitorMetrics,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._canaries = canaries
+        self._connect = connect
+        self._metrics = metrics
+        self._clock = clock
+        self._turns = _turns(canaries.trojaned)
+        self._client: GuardedClient | None = None
+
+    @property
+    def image(self) -> NDArray[np.uint8]:
+        """One canary: (1, height, width, channels), uint8."""
+        return self._canaries.images[:1]
+
+    def close(self) -> None:
+        """Close the connection."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def send(self) -> Outcome:
+        """Send the next canary and count what comes of it."""
+        index = next(self._turns)
+        try:
+            client = self._client = self._client or self._connect()
+            self._check_fit(client)
+            started = self._clock()
+            verdict = client.classify(self._canaries.images[index])[0]
+        except (ServerError, InputError) as error:
+            self.close()
+            kind = next(kind for known, kind in KIND_OF_ERROR.items() if isinstance(error, known))
+            self._metrics.canary_errors.labels(kind).inc()
+            return Outcome(kind, str(error))
+        self._metrics.canary_seconds.observe(self._clock() - started)
+        truth = "trojaned" if self._canaries.trojaned[index] else "clean"
+        self._metrics.canaries.labels(truth, "rejected" if verdict.trojaned else "accepted").inc()
+        return Outcome()
+
+    def _check_fit(self, client: GuardedClient) -> None:
+        about = client.metadata()
+        if about.classes != self._canaries.classes:
+            raise DataError(
+                f"canaries: got a file for {self._canaries.classes} classes, but the server has {about.classes}; write "
+                "one for what it serves (`stripwire canaries`)"
+            )
+
+
+def _turns(trojaned: NDArray[np.bool_]) -> Iterator[int]:
+    """Yield indices for ever: of the clean images and the trojaned ones in turns, where there are both."""
+    kinds = [np.flatnonzero(trojaned == kind).tolist() for kind in (False, True)]
+    for turn in zip(*(itertools.cycle(kind) for kind in kinds if kind), strict=True):
+        yield from turn
