@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint bench clean
+.PHONY: help demo test test-gpu lint bench dashboard clean
 
 help:  ## Show what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,9 @@ lint: $(VENV)/.installed-dev  ## Check format, style and types
 
 bench: $(VENV)/.installed-bench  ## Measure what the guard costs, as a ratio to the bare network
 	$(BIN)/python -m benchmarks.speed
+
+dashboard: $(VENV)/.installed-dev  ## Generate the Grafana dashboard
+	$(BIN)/python -m deploy.grafana.dashboard
 
 clean:  ## Remove the virtual environment, caches and the demo's output
 	rm -rf $(VENV) build dist *.egg-info stripwire-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
