@@ -54,14 +54,7 @@ def _dashboard() -> builders.Dashboard:
         .tooltip(dashboard.DashboardCursorSync.CROSSHAIR)
         .time("now-3h", "now")
         .refresh("30s")
-        .variables(
-            [
-                _source_variable(),
-                _label_variable("namespace", ask.NAMESPACES),
-                _label_variable("pod", ask.PODS),
-                _window_variable(),
-            ]
-        )
+        .variables(_variables())
     )
     y, number = 0, 0
     for title, lines in _rows().items():
@@ -365,6 +358,15 @@ def _targets(queries: tuple[Query, ...]) -> list[Builder[Target]]:
 def _target(query: Query, name: str) -> prometheus.Dataquery:
     asked = prometheus.Dataquery().ref_id(name).expr(query.expression).legend_format(query.legend)
     return asked.range().datasource(_SOURCE)
+
+
+def _variables() -> list[Builder[dashboard.VariableModel]]:
+    labels = [_label_variable("namespace", ask.NAMESPACES), _label_variable("pod", ask.PODS)]
+    variables: list[Builder[dashboard.VariableModel]] = [_source_variable(), *labels, _window_variable()]
+    for variable in variables:  # the library gives each what only intervals have
+        built = variable.build()
+        built.auto = built.auto_count = built.auto_min = None
+    return variables
 
 
 def _source_variable() -> builders.DatasourceVariable:
