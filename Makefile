@@ -29,7 +29,7 @@ bench: $(VENV)/.installed-bench  ## Measure what the guard costs, as a ratio to 
 dashboard: $(VENV)/.installed-dev  ## Generate the Grafana dashboard
 	$(BIN)/python -m deploy.grafana.dashboard
 
-check-dashboard: $(VENV)/.installed-dev  ## Check it against Grafana's TypeScript types; needs Node.js
+check-dashboard: $(VENV)/.installed-dev  ## Check the dashboard against Grafana's TypeScript types; needs Node.js
 	$(BIN)/python -m deploy.grafana.check_schema
 
 clean:  ## Remove the virtual environment, caches and the demo's output

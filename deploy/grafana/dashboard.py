@@ -143,7 +143,8 @@ def _entropy() -> list[Panel]:
         _dashed(
             _lines(
                 "Entropy and threshold",
-                "Quantiles of the entropies of live inputs. What is at or under the threshold is rejected.",
+                "Quantiles of the entropies of live inputs. What is at or under the threshold is rejected; consensus has "
+                "further grounds.",
                 _BITS,
                 *(Query(expression, legend) for legend, expression in ask.ENTROPY_QUANTILES.items()),
                 Query(ask.THRESHOLD, "threshold"),

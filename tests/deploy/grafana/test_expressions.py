@@ -98,6 +98,10 @@ def test_shares_and_intervals_are_in_their_bounds(running: Scene) -> None:
     assert number(asked, ask.BLENDS_PER_INPUT) == pytest.approx(10)
 
 
+def test_the_server_counts_the_monitors_canaries_by_themselves(running: Scene) -> None:
+    assert number(running.prometheus, ask.added("stripwire_inputs_total", 'traffic="canary"')) > 0
+
+
 @pytest.mark.parametrize(("part", "whole"), [(0, 1), (0, 50), (3, 100), (50, 50), (0.5, 20.5), (400, 1000)])
 def test_the_interval_is_wilsons(running: Scene, part: float, whole: float) -> None:
     ends = [number(running.prometheus, ask.wilson(f"vector({part})", f"vector({whole})", end)) for end in "-+"]
