@@ -103,7 +103,7 @@ def _verdicts() -> list[Panel]:
         _lines(
             "Blends per input",
             "How many blends the sentinel was asked about for each live input: all of them in the ensemble, fewer "
-            "where the fused graph exits early. More than usual is traffic near the threshold.",
+            "where the fused graph exits early. More than usual means more inputs near the threshold, or under it.",
             "short",
             Query(ask.BLENDS_PER_INPUT, "blends"),
         ),
@@ -143,8 +143,8 @@ def _entropy() -> list[Panel]:
         _dashed(
             _lines(
                 "Entropy and threshold",
-                "Quantiles of the entropies of live inputs. What is at or under the threshold is rejected; consensus has "
-                "further grounds.",
+                "Quantiles of the entropies of live inputs. What is at or under the threshold is rejected; consensus "
+                "has further grounds.",
                 _BITS,
                 *(Query(expression, legend) for legend, expression in ask.ENTROPY_QUANTILES.items()),
                 Query(ask.THRESHOLD, "threshold"),
