@@ -132,6 +132,9 @@ def _errors(whence: str, metric: str) -> list[Panel]:
 
 
 def _entropy() -> list[Panel]:
+    # Thresholds lie between a millionth of a bit and a whole one.
+    near_zero = common_builders.ScaleDistributionConfig().type(common.ScaleDistribution.SYMLOG).log(10)
+    near_zero.linear_threshold(0.0001)
     return [
         _heat_map(
             "Entropies",
@@ -148,7 +151,7 @@ def _entropy() -> list[Panel]:
                 _BITS,
                 *(Query(expression, legend) for legend, expression in ask.ENTROPY_QUANTILES.items()),
                 Query(ask.THRESHOLD, "threshold"),
-            ),
+            ).scale_distribution(near_zero),
             "threshold",
         ),
         _dashed(
@@ -260,9 +263,10 @@ def _machine() -> list[Panel]:
     return [
         _lines(
             "Failed requests",
-            "Requests a second that failed, by model and why.",
+            "Requests a second that failed, by model; what fails within the guard also fails as guarded. Triton's "
+            "metric says why, too.",
             "reqps",
-            Query(ask.FAILURES, "{{model}}, {{reason}}"),
+            Query(ask.FAILURES, "{{model}}"),
         ),
         _lines(
             "GPU utilisation",

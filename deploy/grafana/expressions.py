@@ -157,7 +157,7 @@ BATCH_SIZE = share(
     per_second("nv_inference_count", _COMPOSING, by="model"),
     per_second("nv_inference_exec_count", _COMPOSING, by="model"),
 )
-FAILURES = per_second("nv_inference_request_failure", by="model, reason")
+FAILURES = per_second("nv_inference_request_failure", by="model")
 GPU_UTILISATION = f"avg by (pod, gpu_uuid) ({selected('nv_gpu_utilization')})"
 GPU_MEMORY_USED = f"max by (pod, gpu_uuid) ({selected('nv_gpu_memory_used_bytes')})"
 GPU_MEMORY_TOTAL = f"max by (pod, gpu_uuid) ({selected('nv_gpu_memory_total_bytes')})"
