@@ -201,8 +201,8 @@ def _health() -> list[Panel]:
             "Ready and live",
             "What the monitor says of each pod: ready while canaries get verdicts, live while a restart is not called "
             "for.",
-            Query(ask.READY, "ready {{pod}}"),
-            Query(ask.LIVE, "live {{pod}}"),
+            Query(ask.IS_READY, "ready {{pod}}"),
+            Query(ask.IS_LIVE, "live {{pod}}"),
         ),
         _lines(
             "Models loaded again",

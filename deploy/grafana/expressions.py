@@ -56,26 +56,26 @@ class ErrorRate:
 
     Attributes:
         wrong: how many got the wrong verdict.
-        all: how many got one.
+        whole: how many got one.
     """
 
     wrong: str
-    all: str
+    whole: str
 
     @property
     def rate(self) -> str:
         """The rate."""
-        return share(self.wrong, self.all)
+        return share(self.wrong, self.whole)
 
     @property
     def lower(self) -> str:
         """Lower end of its 95 % interval."""
-        return wilson(self.wrong, self.all, "-")
+        return wilson(self.wrong, self.whole, "-")
 
     @property
     def upper(self) -> str:
         """Upper end of its 95 % interval."""
-        return wilson(self.wrong, self.all, "+")
+        return wilson(self.wrong, self.whole, "+")
 
 
 def frr(counter: str) -> ErrorRate:
@@ -139,8 +139,8 @@ CANARIES = per_second("stripwire_canary_total", by="truth, verdict")
 CANARY_ERRORS = per_second("stripwire_canary_errors_total", by="kind")
 CANARY_MEDIAN_SECONDS = quantile(0.5, "stripwire_canary_seconds")
 CANARY_P99_SECONDS = quantile(0.99, "stripwire_canary_seconds")
-READY = f"min by (pod) ({selected('stripwire_ready')})"
-LIVE = f"min by (pod) ({selected('stripwire_live')})"
+IS_READY = f"min by (pod) ({selected('stripwire_ready')})"
+IS_LIVE = f"min by (pod) ({selected('stripwire_live')})"
 RELOADS = added("stripwire_model_reloads_total", by="model", over=_RECENT)
 
 # Feedback.
