@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint bench clean
+.PHONY: help demo test test-gpu lint bench dashboard check-dashboard clean
 
 help:  ## Show what each target does
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed-all  ## Train a BadNet, repair, export, serve and attack it; ends with one table and two pictures
 	$(BIN)/stripwire demo
@@ -25,6 +25,12 @@ lint: $(VENV)/.installed-dev  ## Check format, style and types
 
 bench: $(VENV)/.installed-bench  ## Measure what the guard costs, as a ratio to the bare network
 	$(BIN)/python -m benchmarks.speed
+
+dashboard: $(VENV)/.installed-dev  ## Generate the Grafana dashboard
+	$(BIN)/python -m deploy.grafana.dashboard
+
+check-dashboard: $(VENV)/.installed-dev  ## Check the dashboard against Grafana's TypeScript types; needs Node.js
+	$(BIN)/python -m deploy.grafana.check_schema
 
 clean:  ## Remove the virtual environment, caches and the demo's output
 	rm -rf $(VENV) build dist *.egg-info stripwire-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -39,10 +39,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model_repository/strip_entropy/model.py",
         "model_repository/strip_verdict/model.py",
         "deploy/embedded/launch.py",
+        "deploy/grafana/stripwire.json",
         "deploy/embedded/backends/onnxruntime/model.py",
     ],
 )
-def test_the_wheel_holds_what_the_server_runs(installed: Path, name: str) -> None:
+def test_the_wheel_holds_what_is_served_and_watched(installed: Path, name: str) -> None:
     assert (installed / name).read_bytes() == (ROOT / name).read_bytes()
 
 

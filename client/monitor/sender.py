@@ -92,7 +92,7 @@ class CanarySender:
             client = self._client = self._client or self._connect()
             self._check_fit(client)
             started = self._clock()
-            verdict = client.classify(self._canaries.images[index])[0]
+            verdict = client.classify(self._canaries.images[index], canary=True)[0]
         except (ServerError, InputError) as error:
             self.close()
             kind = next(kind for known, kind in KIND_OF_ERROR.items() if isinstance(error, known))

@@ -1,0 +1,1 @@
+"""The Grafana dashboard, generated; nothing of it is needed to serve."""
