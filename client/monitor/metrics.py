@@ -81,7 +81,7 @@ class MonitorMetrics:
             ),
             ("stripwire_calibrated_far_upper", "Upper end of the measured FAR's 95 % interval.", canaries.far_upper),
             (
-                "stripwire_calibration_timestamp_seconds",
+                "stripwire_canaries_calibrated_timestamp_seconds",
                 "When the version that the canaries are for was calibrated, seconds since 1970.",
                 canaries.calibrated_at,
             ),

@@ -117,7 +117,7 @@ def test_what_the_calibration_promised_is_shown_and_absent_where_it_promised_not
     found = samples(http)
     assert found["stripwire_calibrated_frr_upper", ()] == 0.08
     assert ("stripwire_calibrated_far_upper", ()) not in found
-    assert ("stripwire_calibration_timestamp_seconds", ()) not in found
+    assert ("stripwire_canaries_calibrated_timestamp_seconds", ()) not in found
 
 
 def test_without_a_canarys_verdict_it_is_live_and_not_ready(http: httpx.Client) -> None:

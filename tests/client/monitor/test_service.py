@@ -52,7 +52,7 @@ def test_it_watches_a_server_heals_it_and_ends_cleanly(ensemble: EmbeddedTriton,
         )
         assert monitor.metric("stripwire_feedback_total", truth="trojaned", verdict="accepted") == 1
         assert monitor.metric("stripwire_calibrated_far_upper") == 0.2
-        assert monitor.metric("stripwire_calibration_timestamp_seconds") == 1.7e9
+        assert monitor.metric("stripwire_canaries_calibrated_timestamp_seconds") == 1.7e9
         assert monitor.stop() == 0
         assert monitor.events() == [
             "listening",
