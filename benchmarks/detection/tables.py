@@ -125,8 +125,10 @@ def _seeds_table(found: Iterable[Row]) -> str:
     for row in found:
         far = row.rate(HEADLINE, "far")
         if far is not None:
-            of_line = lines.setdefault((CASES[row.case].data, row.attack), {})
-            of_line.setdefault(row.detector, {})[CASES[row.case].seed] = f"{100 * far.rate:.1f}"
+            case = CASES[row.case]
+            attack = f"two: {row.attack}" if case.attack == "two" else case.attack
+            of_line = lines.setdefault((case.data, attack), {})
+            of_line.setdefault(row.detector, {})[case.seed] = f"{100 * far.rate:.1f}"
     several = {line: of_line for line, of_line in lines.items() if max(map(len, of_line.values())) > 1}
     detectors = list(dict.fromkeys(detector for of_line in several.values() for detector in of_line))
     table = [f"| networks | attack | {' | '.join(detectors)} |", "|---" * (2 + len(detectors)) + "|"]

@@ -158,6 +158,16 @@ def test_other_blends_are_measured_with_both_detectors(material: Material, monke
     assert text.count(f"| {NAME} | patch | ") == 4
 
 
+def test_networks_of_several_seeds_stand_side_by_side(measured: Path) -> None:
+    (result,) = read_results(measured.parent).values()
+    names = ["faces-100-patch-0", "faces-100-patch-1", "faces-100-two-0", "faces-100-two-1", "signs-patch"]
+    text = tables(dict.fromkeys(names, result))
+    (heading,) = (line for line in text.splitlines() if line.startswith("| networks |"))
+    of_seeds = text.split(heading)[1].split("\n\n")[0].splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in of_seeds] == [["| faces-100", "patch"], ["| faces-100", "two: patch"]]
+    assert "too few" not in of_seeds[0]
+
+
 def test_every_attack_has_its_cases() -> None:
     assert {case.attack for case in CASES.values() if case.data == "faces-100"} == set(PLANS)
     for attack in PLANS:
