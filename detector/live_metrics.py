@@ -8,7 +8,9 @@ histogram has; Triton's own takes a message for each observation. PromQL sees no
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -30,6 +32,7 @@ MOST_LABELS = 1000
 """Labels are counted for at most so many classes: each is a time series."""
 
 _FLUSH_SECONDS = 0.25
+_REMINDED_EVERY = 8  # times that it flushes
 
 
 class LiveMetrics:
@@ -63,28 +66,31 @@ class LiveMetrics:
             self._families.append(family(name=f"stripwire_{name}", description=description, kind=kind))
             return [self._families[-1].Metric(labels=dict(each)) for each in labels]
 
-        # What never changes.
-        self._fixed = add("calibration_info", family.GAUGE, "Where the thresholds are from", [calibration])
-        self._fixed[0].set(1)
+        # What never changes, each with its value. Another version's process may have set the same gauges before.
+        (info,) = add(
+            "calibration_info", family.GAUGE, "Where the thresholds in force are from: 1, others are 0", [calibration]
+        )
+        self._info = info
+        self._fixed: list[tuple[Any, float]] = [(info, 1.0)]
         gauges = {
             "threshold_bits": (thresholds.bits, "At or under this entropy, in bits, an input is rejected"),
-            "threshold_plain_bits": (thresholds.plain_bits, "At or under this entropy as it came, in bits, it is"),
-            "threshold_nll": (thresholds.nll, "At or over this nll, in nats, it is"),
+            "threshold_plain_bits": (
+                thresholds.plain_bits,
+                "At or under this entropy of the sentinel's answer to it as it came, in bits, an input is rejected",
+            ),
+            "threshold_nll": (thresholds.nll, "At or over this nll, in nats, an input is rejected"),
             "calibration_timestamp_seconds": (created, "When the thresholds were calibrated, in seconds since 1970"),
         }
         for name, (value, description) in gauges.items():
             if value is not None:
-                self._fixed += add(name, family.GAUGE, description, [{}])
-                self._fixed[-1].set(value)
+                self._fixed.append((add(name, family.GAUGE, description, [{}])[0], value))
 
         clean = {float(f"{bound:.6g}"): share for bound, share in clean.items()}  # as the labels say them
         self._bounds = np.array([*clean], np.float64)
         bounds = [f"{bound:.6g}" for bound in self._bounds]
         of_clean = "What share of the clean images that calibrated has an entropy at or under a bound, in bits"
         shares = add("calibration_entropy_share", family.GAUGE, of_clean, [{"le": bound} for bound in bounds])
-        for metric, share in zip(shares, clean.values(), strict=True):
-            metric.set(share)
-        self._fixed += shares
+        self._fixed += zip(shares, clean.values(), strict=True)
 
         # What is counted: for each kind of traffic, the metrics of one row of `self._pending`.
         self._classes = classes
@@ -111,6 +117,7 @@ class LiveMetrics:
                 column += made[row * len(labels) : (row + 1) * len(labels)]
         self._counters = columns
         self._pending = np.zeros((len(TRAFFIC), len(columns[0])))
+        self._remind()
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stripwire-metrics", daemon=True)
@@ -156,13 +163,29 @@ class LiveMetrics:
         self._thread.join()
 
     def _run(self) -> None:
-        ended = False
-        while not ended:
+        for turn in itertools.count():
             ended = self._ended.wait(_FLUSH_SECONDS)
             try:
                 self._flush()
+                if ended:
+                    self._retire()
+                elif turn % _REMINDED_EVERY == 0:
+                    self._remind()
             except Exception as error:  # noqa: BLE001  whatever Triton raises: counting must go on, and fail no request
                 print(f"stripwire: metrics could not be handed over, and are kept: {error}", file=sys.stderr)
+            if ended:
+                return
+
+    def _remind(self) -> None:
+        """Set what never changes: a version that is replaced ends after its successor began, and shares its gauges."""
+        for metric, value in self._fixed:
+            metric.set(value)
+
+    def _retire(self) -> None:
+        """Take back what is true no more: not a number, for Prometheus, is as good as absent."""
+        for metric, _ in self._fixed:
+            metric.set(math.nan)
+        self._info.set(0.0)
 
     def _flush(self) -> None:
         with self._lock:

@@ -17,6 +17,7 @@ from tritonclient.utils import np_to_triton_dtype
 from client.api import GuardedClient
 from client.control import ENSEMBLE
 from detector.errors import AccessDeniedError, DeadlineExceededError, ServerError, ServerUnavailableError
+from detector.live_metrics import CANARY_KEY
 
 _DIED = "is not healthy"  # what Triton says of a model whose process has died
 _ABSENT = "has not loaded the model"  # what our client says of a model that the server does not have
@@ -80,7 +81,9 @@ def _answer(client: GuardedClient, step: Any, tensors: dict[str, NDArray[Any]]) 
     model: str = step.model_name
     answer: Any = client.ask(
         model,
-        lambda triton, **options: triton.infer(model, inputs, model_version=version, outputs=outputs, **options),
+        lambda triton, **options: triton.infer(
+            model, inputs, model_version=version, outputs=outputs, parameters={CANARY_KEY: True}, **options
+        ),
     )
     found = {tensor: answer.as_numpy(name) for name, tensor in step.output_map.items()}
     if absent := [tensor for tensor, array in found.items() if array is None]:

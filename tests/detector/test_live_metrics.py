@@ -45,7 +45,7 @@ def metrics_of(**changes: Any) -> LiveMetrics:
 
 
 def test_every_series_is_there_before_the_first_input(found: Found) -> None:
-    metrics_of(classes=2).close()
+    metrics = metrics_of(classes=2)
     labels = [tuple(metric.labels.values()) for metric in MetricFamily.made["stripwire_inputs_total"].metrics]
     assert labels == [(traffic, v, "block") for traffic in ("live", "canary") for v in ("accepted", "rejected")]
     assert len(MetricFamily.made["stripwire_entropy_bits_bucket"].metrics) == 2 * 4
@@ -55,13 +55,21 @@ def test_every_series_is_there_before_the_first_input(found: Found) -> None:
     assert found("calibration_entropy_share") == {("0.25",): 0.25, ("0.5",): 0.75, ("1",): 1.0}
     thresholds = [found(f"threshold_{name}")[()] for name in ("bits", "plain_bits", "nll")]
     assert thresholds == [0.5, 1e-9, 2.0]
+    # The next version's process shares these gauges: what is true no more is taken back.
+    metrics.close()
+    assert found("calibration_info") == {}
+    assert np.isnan(found("threshold_bits")[()])
 
 
 def test_what_plays_no_part_has_no_threshold(found: Found) -> None:
-    metrics_of(thresholds=Thresholds(0.5)).close()
+    metrics = metrics_of(thresholds=Thresholds(0.5))
     assert "stripwire_threshold_nll" not in MetricFamily.made
     assert "stripwire_labels_total" not in MetricFamily.made
     assert found("threshold_bits") == {(): 0.5}
+    MetricFamily.made["stripwire_threshold_bits"].metrics[0].set(0.7)  # by the version before, which was not yet gone
+    time.sleep(3)
+    assert found("threshold_bits") == {(): 0.5}
+    metrics.close()
 
 
 def test_inputs_are_counted_by_hand(found: Found) -> None:
