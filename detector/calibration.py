@@ -205,7 +205,7 @@ def calibrate(evidence: Evidence, target_frr: float) -> Calibration:
     check_target_frr(target_frr)
     scores = evidence.scores()
     regions = peel(scores, SHARES[len(scores)])
-    detector, count = DETECTORS[len(scores) > 1], scores.shape[1]
+    detector, count = "strip" if len(scores) == 1 else "consensus", scores.shape[1]
     rank, needed = quantile_rank(target_frr, count), least_images(target_frr, with_nlls=evidence.nlls is not None)
     if count < needed:
         raise CalibrationError(
@@ -223,6 +223,12 @@ def calibrate(evidence: Evidence, target_frr: float) -> Calibration:
             f"reject as few as {target_frr:.1%}; the network answers alike whatever is blended in. Choose another "
             "--alpha or more overlays"
         )
+    note = ""
+    if rejected < rank:
+        note = (
+            f"{rejected} of the {rank} calibration images that the target FRR allows are rejected, because others are "
+            "equally suspicious: the network answers them alike"
+        )
     return Calibration(
         detector=detector,
         threshold_bits=thresholds.bits,
@@ -236,10 +242,7 @@ def calibrate(evidence: Evidence, target_frr: float) -> Calibration:
         images=count,
         regions=regions,
         histogram=Histogram.of(evidence.bits, bits),
-        note=""
-        if rejected == rank
-        else f"{rejected} of the {rank} calibration images that the target FRR allows are rejected, because others are "
-        "equally suspicious: the network answers them alike",
+        note=note,
     )
 
 

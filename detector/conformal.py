@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,15 +58,16 @@ class Regions:
         Args:
             scores: (scores, inputs), the lower, the more suspicious; one that is not finite is as suspicious as can be.
         """
+        return self._rounded[self._first(scores)]
+
+    @cached_property
+    def _rounded(self) -> NDArray[np.float32]:
+        """The p-value of each region, and of what is in none, (regions + 1,); a server reads them with every batch."""
         rounded = np.append(self.p_values, 1.0).astype(np.float32)
         # Never up: at a target of 5 %, an input of 5 % is rejected, however that is written.
         up = rounded[:-1] > self.p_values
         rounded[:-1][up] = np.nextafter(rounded[:-1][up], np.float32(0.0))
-        return rounded[self._first(scores)]
-
-    def within(self, rate: float) -> int:
-        """Return how many regions there are that a clean input is in no more often than this."""
-        return int(np.searchsorted(self.p_values, rate + 1e-9, side="right"))
+        return rounded
 
     def _first(self, scores: Floats) -> NDArray[np.intp]:
         """Return the smallest region that holds each input, counted from 0; one past the last where none does."""
@@ -91,7 +93,7 @@ def peel(scores: Floats, shares: Sequence[float] = (1.0,)) -> Regions:
     """
     if len(shares) != len(scores) or min(shares) < 0.0 or abs(sum(shares) - 1.0) > 1e-9:
         raise InputError(f"shares: got {tuple(shares)} for {len(scores)} scores, expected one for each that sum to 1")
-    check_scores(scores)
+    _check_scores(scores)
     count = scores.shape[1]
     queues = [iter(np.argsort(row, kind="stable")) for row in scores]
     thresholds, current = np.empty((len(scores), count)), np.full(len(scores), _NEVER)
@@ -108,7 +110,7 @@ def peel(scores: Floats, shares: Sequence[float] = (1.0,)) -> Regions:
     return Regions(thresholds, np.arange(1, count + 1) / (count + 1))
 
 
-def check_scores(scores: Floats) -> None:
+def _check_scores(scores: Floats) -> None:
     """Raise CalibrationError unless there are scores, (scores, images), and all of them finite."""
     images = scores.shape[1]
     if images == 0:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.detection.art_strip import art_entropies
 from benchmarks.detection.cases import OVERLAYS, SEED, TARGETS, Material, some
 from benchmarks.detection.scale_up import FACTORS, THRESHOLD, consistency, scaled_labels, standardized
-from detector.calibration import ALPHAS, SHARES, least_images
+from detector.calibration import ALPHAS, SHARES, least_images, quantile_rank
 from detector.conformal import Floats, Regions, peel
 from detector.scores import Evidence, score_bits
 from detector.statistics import Proportion, auroc
@@ -202,11 +202,11 @@ def rejects(regions: Regions, target: float, scores: Floats) -> NDArray[np.bool_
         target: the false rejection rate aimed at.
         scores: (scores, images), the lower, the more suspicious.
     """
-    within = regions.within(target)
-    if within == 0:
+    rank = quantile_rank(target, len(regions.p_values))
+    if rank == 0:
         return np.zeros(scores.shape[1], bool)
     broken = ~np.isfinite(scores)
-    return np.asarray((broken | (scores <= regions.thresholds[:, within - 1, None])).any(axis=0))
+    return np.asarray((broken | (scores <= regions.thresholds[:, rank - 1, None])).any(axis=0))
 
 
 def errors_of(clean: NDArray[np.bool_], trojaned: NDArray[np.bool_]) -> dict[str, Any]:

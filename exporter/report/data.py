@@ -14,6 +14,9 @@ from detector.scores import Evidence
 from detector.statistics import Proportion
 from exporter.repair import Step
 
+LEAST_BITS = float(np.finfo(np.float32).tiny)
+"""Where a logarithmic axis of entropies begins at the lowest."""
+
 _FIRST_STEPS = 8
 
 

@@ -44,12 +44,11 @@ from numpy.typing import NDArray
 from detector.scores import score_bits
 from detector.statistics import auroc
 from detector.strip import is_trojaned
-from exporter.report.data import Examples, ReportData, lowest_if_broken, share
+from exporter.report.data import LEAST_BITS, Examples, ReportData, lowest_if_broken, share
 from exporter.report.notices import notices
 
 FORMAT = 2
 _ELSEWHERE = ("calibration_frr", "histogram")  # of a calibration: what else is told here stands for them
-_LEAST_BITS = float(np.finfo(np.float32).tiny)  # where a logarithmic axis begins at the lowest
 _BINS = 50
 _THRESHOLDS = 80
 _OVERLAY_COUNTS = 50
@@ -188,8 +187,8 @@ def _spread(detector: str, lowest: float, highest: float, count: int) -> NDArray
     """Return so many entropies up to the highest: medians spread over orders of magnitude, from the lowest."""
     if detector == "strip":
         return np.linspace(0.0, highest, count)
-    highest = max(highest, 2 * _LEAST_BITS)
-    spread: NDArray[np.float64] = np.geomspace(min(max(lowest, _LEAST_BITS), highest / 2), highest, count)
+    highest = max(highest, 2 * LEAST_BITS)
+    spread: NDArray[np.float64] = np.geomspace(min(max(lowest, LEAST_BITS), highest / 2), highest, count)
     return spread
 
 

@@ -15,7 +15,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from numpy.typing import NDArray
 
+from exporter.report.data import LEAST_BITS
 from exporter.report.notices import percent
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -55,7 +57,6 @@ _STYLE: Any = {
 }
 _WIDTH_INCHES = 4.0  # so that text keeps its size on a telephone, and is no giant's on a desk
 _NAMES_SHOWN = 8
-_LEAST_BITS = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -177,50 +178,62 @@ def _opinions(numbers: dict[str, Any]) -> Drawn:
     )
     if guard["far"] is not None:
         sentence += f" and {percent(1 - guard['far']['rate'])} of trojaned ones"
-    both = (("trojaned", _TROJANED, "x"), ("held_out", _CLEAN, "o"))
     blends = ("bits", bits, "entropy (median, bits)")
     plain = ("plain_bits", plain_bits, "entropy as it came (bits)")
-    panels = (
-        [(blends, plain)] if nats is None else [(blends, ("nlls", nats, "nll (nats)")), (plain, ("nlls", nats, ""))]
-    )
+    panels = [(blends, plain)]
+    if nats is not None:
+        panels = [(blends, ("nlls", nats, "nll (nats)")), (plain, ("nlls", nats, ""))]
 
     def draw(figure: Figure) -> None:
         drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.1})[0]
         for axes, panel in zip(drawn, panels, strict=True):
-            for name, colour, marker in both:
-                if opinions[name] is None:
-                    continue
-                label = "clean, held out" if name == "held_out" else name
-                points = [
-                    _positive(opinions[name][key]) if key != "nlls" else opinions[name][key] for key, _, _ in panel
-                ]
-                points = [[np.nan if value is None else value for value in values] for values in points]
-                first = label if axes is figure.axes[0] else None
-                axes.plot(*points, marker, color=colour, markersize=3, alpha=0.5, label=first, clip_on=False)
-            for (key, threshold, what), line, axis in zip(panel, (axes.axvline, axes.axhline), "xy", strict=True):
-                if threshold is not None:
-                    first = "thresholds" if axis == "x" and axes is figure.axes[0] else None
-                    line(threshold, color=_TEXT, linestyle="--", linewidth=1, label=first)
-                axes.set(**{f"{axis}label": what})
-                if key == "nlls":
-                    # What both agree on is crowded at 0, and what they do not spreads over orders of magnitude.
-                    axes.set_yscale("symlog", linthresh=0.1)
-                    axes.yaxis.set_major_formatter("{x:g}")
-                    axes.set_ylim(bottom=0)
-                else:
-                    axes.set(**{f"{axis}scale": "log"})
-                    ticks = axes.xaxis if axis == "x" else axes.yaxis
-                    ticks.set_major_locator(LogLocator(numticks=4))
-                    ticks.set_major_formatter("{x:g}")
-                    ticks.set_minor_formatter(NullFormatter())
+            _scatter(axes, opinions, panel, labelled=axes is drawn[0])
         _legend(figure)
 
     return Drawn("opinions", title, sentence + ".", _svg("opinions", 3.4, draw))
 
 
-def _positive(bits: Sequence[float | None]) -> list[float | None]:
-    """Return entropies for a logarithmic axis, on which those of 0 bits stand at its lower end."""
-    return [None if value is None else max(value, _LEAST_BITS) for value in bits]
+def _scatter(
+    axes: Axes, opinions: dict[str, Any], panel: Sequence[tuple[str, float | None, str]], *, labelled: bool
+) -> None:
+    """Draw one score of each input against another, with their thresholds.
+
+    Args:
+        axes: to draw on.
+        opinions: of held-out and trojaned images.
+        panel: key, threshold and label of the score along each axis.
+        labelled: whether the legend is to have what is drawn.
+    """
+    for name, label, colour, marker in (
+        ("trojaned", "trojaned", _TROJANED, "x"),
+        ("held_out", "clean, held out", _CLEAN, "o"),
+    ):
+        if opinions[name] is not None:
+            points = [_drawable(opinions[name][key], key) for key, _, _ in panel]
+            first = label if labelled else None
+            axes.plot(*points, marker, color=colour, markersize=3, alpha=0.5, label=first, clip_on=False)
+    for (key, threshold, what), line, axis in zip(panel, (axes.axvline, axes.axhline), "xy", strict=True):
+        if threshold is not None:
+            first = "thresholds" if labelled and axis == "x" else None
+            line(threshold, color=_TEXT, linestyle="--", linewidth=1, label=first)
+        axes.set(**{f"{axis}label": what})
+        if key == "nlls":
+            # What both agree on is crowded at 0, and what they do not spreads over orders of magnitude.
+            axes.set_yscale("symlog", linthresh=0.1)
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set(**{f"{axis}scale": "log"})
+            ticks = axes.xaxis if axis == "x" else axes.yaxis
+            ticks.set_major_locator(LogLocator(numticks=4))
+            ticks.set_major_formatter("{x:g}")
+            ticks.set_minor_formatter(NullFormatter())
+
+
+def _drawable(values: Sequence[float | None], key: str) -> NDArray[np.float64]:
+    """Return scores to draw; on a logarithmic axis entropies of 0 bits stand at its lower end."""
+    numbers = np.array([np.nan if value is None else value for value in values])
+    return numbers if key == "nlls" else np.maximum(numbers, LEAST_BITS)
 
 
 def _bits(value: float) -> str:
