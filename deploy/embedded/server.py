@@ -29,6 +29,7 @@ from uuid import uuid4
 import psutil
 
 from deploy.embedded.control_file import write_control_token
+from deploy.embedded.tls import ServerTls
 from detector.errors import InputError, ServerError, ServerStartError, SetupError
 from detector.serving import CONTROL_KEY, MODES, SENTINEL
 from model_repository.manifest import verify_repository
@@ -186,6 +187,7 @@ class EmbeddedTriton:
         metrics_port: port of the Prometheus metrics.
         control_token: what a caller must know to have the server load another version; None for a random one. It is
             left in a file that this user alone can read, see `deploy.embedded.control_file`.
+        tls: of gRPC; HTTP, which has none, then listens on the loopback address alone. None is plaintext.
         startup_timeout_seconds: how long the models may take to load.
 
     Raises:
@@ -203,6 +205,7 @@ class EmbeddedTriton:
         grpc_port: int = 0,
         metrics_port: int = 0,
         control_token: str | None = None,
+        tls: ServerTls | None = None,
         startup_timeout_seconds: float = 120.0,
     ) -> None:
         if mode not in MODES:
@@ -216,6 +219,8 @@ class EmbeddedTriton:
         self.repository = repository.resolve()
         self.mode = mode
         self.host = host
+        self._tls = tls
+        self._http_host = host if tls is None else _LOOPBACK  # Triton speaks no HTTPS
         self._ports = choose_ports(host, {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port})
         self._startup_timeout_seconds = startup_timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
@@ -226,17 +231,17 @@ class EmbeddedTriton:
     @property
     def http_address(self) -> str:
         """`host:port` of HTTP."""
-        return self._address(self._ports["HTTP"])
+        return _address(self._http_host, self._ports["HTTP"])
 
     @property
     def grpc_address(self) -> str:
         """`host:port` of gRPC."""
-        return self._address(self._ports["gRPC"])
+        return _address(self.host, self._ports["gRPC"])
 
     @property
     def metrics_address(self) -> str:
         """`host:port` of the Prometheus metrics, path `/metrics`."""
-        return self._address(self._ports["metrics"])
+        return _address(self.host, self._ports["metrics"])
 
     @property
     def process_id(self) -> int:
@@ -309,10 +314,6 @@ class EmbeddedTriton:
             return ""
         return (self._work_folder / "server.log").read_text(encoding="utf-8", errors="replace")
 
-    def _address(self, port: int) -> str:
-        host = {"0.0.0.0": _LOOPBACK, "::": "::1"}.get(self.host, self.host)  # noqa: S104  compared, not bound
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
     def _launch(self, triton: TritonInstallation, work_folder: Path) -> None:
         backends = work_folder / "backends"
         shutil.copytree(_BACKENDS, backends, ignore=shutil.ignore_patterns("__pycache__"))
@@ -330,7 +331,7 @@ class EmbeddedTriton:
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={self.region_prefix}",
             "--disable-auto-complete-config",
-            f"--http-address={self.host}",
+            f"--http-address={self._http_host}",
             f"--http-port={self._ports['HTTP']}",
             f"--grpc-address={self.host}",
             f"--grpc-port={self._ports['gRPC']}",
@@ -347,6 +348,8 @@ class EmbeddedTriton:
             f"--grpc-restricted-protocol={_RESTRICTED}={self.control_token}",
             f"--http-restricted-api={_RESTRICTED}={self.control_token}",
         ]
+        if self._tls is not None:
+            command += self._tls.options
         if self.mode != "block":
             command.append(f"--model-config-name={self.mode}")
         with (work_folder / "server.log").open("wb") as log:
@@ -389,6 +392,11 @@ class EmbeddedTriton:
                 return int(answer.status) == 200
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return False
+
+
+def _address(host: str, port: int) -> str:
+    host = {"0.0.0.0": _LOOPBACK, "::": "::1"}.get(host, host)  # noqa: S104  compared, not bound
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _hide_argument(process_id: int, secret: str) -> None:
