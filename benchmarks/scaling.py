@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +46,7 @@ _RETRIES = {
     "initialBackoff": "0.2s",
     "maxBackoff": "5s",
     "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
+    "retryableStatusCodes": ["UNAVAILABLE", "NOT_FOUND"],  # of a Triton that stops: it unloads its models first
 }
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -62,7 +63,8 @@ def run(
     """Measure, print a table, and write scaling.json."""
     badnet = cached_badnet(BadNetOptions()).folder
     pool = read_hdf5(badnet / TEST_FILE).images
-    found: dict[str, Any] = {"hardware": hardware(), "seconds": seconds, "callers": callers, "batch": batch}
+    found: dict[str, Any] = {"hardware": hardware(), "load_average": os.getloadavg()[0]}
+    found |= {"seconds": seconds, "callers": callers, "batch": batch}
     with progress() as report, tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "repository"
         rule = ThresholdRule(detector="strip")
@@ -74,9 +76,9 @@ def run(
             for setting in (FREE, PINNED)
         }
         found["ends"] = []
-        for number, (stop, retries) in enumerate([(s, r) for s in ("SIGTERM", "SIGKILL") for r in (False, True)]):
+        for number, (stop, retries) in enumerate(product(("stop", "SIGTERM", "SIGKILL"), (False, True))):
             found["ends"].append(end_of_a_server(repository, requests, callers, seconds, stop, retries))
-            report("A server ends", number + 1, 4)
+            report("A server ends", number + 1, 6)
     write_whole(output / "scaling.json", (json.dumps(found, indent=1) + "\n").encode())
     show(found)
 
@@ -128,7 +130,7 @@ def end_of_a_server(
         requests: what to send, each (batch, height, width, channels), uint8.
         callers: how many ask at once.
         seconds: how long they ask before, and after.
-        stop: the signal that ends it, such as `SIGKILL`.
+        stop: the signal that ends `tritonserver`, such as `SIGKILL`, or `stop`: as `stripwire serve` ends it.
         retries: send again what came back as unavailable.
     """
     with ExitStack() as running:
@@ -153,14 +155,17 @@ def end_of_a_server(
         with ThreadPoolExecutor(callers) as asking:
             calls = [asking.submit(call, number) for number in range(callers)]
             time.sleep(seconds)
-            os.kill(servers[0].process_id, signal.Signals[stop])
+            if stop == "stop":
+                servers[0].stop()
+            else:
+                os.kill(servers[0].process_id, signal.Signals[stop])
             time.sleep(seconds)
             over.set()
             for each in calls:
                 each.result()
     failed = [failure for _, failure in outcomes if failure]
     return {
-        "signal": stop,
+        "end": stop,
         "retries": retries,
         "requests": len(outcomes),
         "failed": len(failed),
@@ -195,7 +200,7 @@ def ask(client: Any, images: NDArray[np.uint8]) -> None:
 def show(found: dict[str, Any]) -> None:
     """Print what was measured."""
     console = Console(width=120)
-    console.print(found["hardware"], highlight=False)
+    console.print(f"{found['hardware']}; load average before: {found['load_average']:.1f}", highlight=False)
     table = Table("", "images/s, one server", "two servers", "ratio", "p99 (ms), one", "two", "busy cores, one", "two")
     for setting, rounds in found["throughput"].items():
         row = [setting]
@@ -209,7 +214,7 @@ def show(found: dict[str, Any]) -> None:
     table = Table("one of two servers gets", "retries", "requests", "failed", "with", "slowest (ms)")
     for end in found["ends"]:
         statuses = ", ".join(end["statuses"])
-        row = [end["signal"], str(end["retries"]), str(end["requests"]), str(end["failed"]), statuses]
+        row = [end["end"], str(end["retries"]), str(end["requests"]), str(end["failed"]), statuses]
         table.add_row(*row, f"{end['slowest_ms']:.0f}")
     console.print(table)
 

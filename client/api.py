@@ -390,7 +390,9 @@ class GuardedClient:
         Raises:
             ServerError: no usable answer; see the hierarchy in `detector.errors`.
         """
-        return self._retrying(model, lambda left: call(self._triton, headers=self._headers, client_timeout=left))
+        return self._retrying(
+            model, lambda left: call(self._triton, headers=self._headers, client_timeout=left), _is_unavailable
+        )
 
     def _describe(self, model: str, input_name: str, datatype: str, output_name: str) -> ModelMetadata:
         """Ask for the model's shapes and batch size, and check them against the contract."""
@@ -527,10 +529,10 @@ class GuardedClient:
                 request.prepare_again()
             return self._send(request, seconds_left).result()
 
-        return self._retrying(request.model, attempt)
+        return self._retrying(request.model, attempt, _is_unavailable_or_stopping)
 
-    def _retrying(self, model: str, attempt: Callable[[float], _T]) -> _T:
-        """Call `attempt(seconds_left)` again while the server is unavailable and there is time; translate errors."""
+    def _retrying(self, model: str, attempt: Callable[[float], _T], may_pass: Callable[[BaseException], bool]) -> _T:
+        """Call `attempt(seconds_left)` again while its errors may pass and there is time; translate errors."""
         self._check_open()
         give_up_at = time.monotonic() + self._timeout_seconds
 
@@ -538,7 +540,7 @@ class GuardedClient:
             return state.attempt_number > self._retries or time.monotonic() + state.upcoming_sleep >= give_up_at
 
         retrying = Retrying(
-            retry=retry_if_exception(_is_unavailable),
+            retry=retry_if_exception(may_pass),
             stop=is_enough,
             wait=_BACKOFF,
             sleep=self._sleep,
@@ -723,3 +725,12 @@ def _status_of(error: InferenceServerException) -> grpc.StatusCode:
 
 def _is_unavailable(error: BaseException) -> bool:
     return isinstance(error, InferenceServerException) and _status_of(error) is grpc.StatusCode.UNAVAILABLE
+
+
+def _is_unavailable_or_stopping(error: BaseException) -> bool:
+    """Say so of a failed inference: a Triton that stops unloads its models, which are not found any more."""
+    return _is_unavailable(error) or (
+        isinstance(error, InferenceServerException)
+        and _status_of(error) is grpc.StatusCode.NOT_FOUND
+        and "has no available versions" in str(error.message())
+    )

@@ -22,8 +22,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 from uuid import uuid4
 
 import psutil
@@ -38,6 +40,7 @@ _BACKENDS = Path(__file__).parent / "backends"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  the place where Triton's Python backend keeps its regions, not a temp file
 _WORK_PREFIX = "stripwire-triton-"
 _LOOPBACK = "127.0.0.1"
+_DRAIN_SECONDS = 10.0
 _RESTRICTED = f"model-repository,logging,trace:{CONTROL_KEY}"
 
 
@@ -285,10 +288,14 @@ class EmbeddedTriton:
         raise ServerError(f"tritonserver ended by itself with status {status}:\n{error_lines(self.server_log())}")
 
     def stop(self) -> None:
-        """Stop the server and its stubs, and remove what they left in memory and on disk. Idempotent."""
+        """Stop the server and its stubs, and remove what they left in memory and on disk. Idempotent.
+
+        Requests that it has are answered, for up to 10 seconds; meanwhile new ones are turned away.
+        """
         process, self._process = self._process, None
         if process is not None:
             family = _family(process.pid) if process.poll() is None else []
+            self._drain(process)
             process.terminate()
             try:
                 process.wait(timeout=15)
@@ -307,6 +314,30 @@ class EmbeddedTriton:
         folder, self._work_folder = self._work_folder, None
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _drain(self, process: subprocess.Popen[bytes]) -> None:
+        """Have the server turn new requests away and answer those that it has, for as long as that may take.
+
+        At SIGTERM Triton would fail a request to an ensemble at its next step. Unloading the ensemble alone leaves the
+        models behind it to the requests that are under way.
+        """
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        # Where it is still starting, hangs or has ended there is nothing to wait for.
+        with contextlib.suppress(OSError, HTTPException, ValueError):
+            self._control("models/guarded/unload")
+            while process.poll() is None and time.monotonic() < deadline:
+                states = {model["name"]: model.get("state") for model in self._control("index")}
+                if states.get("guarded") in (None, "UNAVAILABLE"):
+                    return
+                time.sleep(0.05)
+
+    def _control(self, call: str) -> Any:
+        """Return the answer of Triton's model repository API; None where it has no body."""
+        url = f"http://{self.http_address}/v2/repository/{call}"
+        request = urllib.request.Request(url, b"{}", {CONTROL_KEY: self.control_token}, method="POST")
+        with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310  HTTP, our own server
+            body = answer.read()
+        return json.loads(body) if body else None
 
     def server_log(self) -> str:
         """Return what the server has printed so far."""

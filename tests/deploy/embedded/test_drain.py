@@ -19,8 +19,9 @@ import tritonclient.grpc as triton_grpc
 
 from benchmarks.scaling import balanced
 from client.api import GuardedClient
+from client.control import control_headers
 from deploy.embedded.server import EmbeddedTriton
-from detector.errors import ServerUnavailableError
+from detector.errors import ServerError, ServerUnavailableError
 from tests.networks import write_small_repository
 
 SHAPE, CLASSES = (48, 48, 3), 5
@@ -94,13 +95,14 @@ def test_what_sigterm_cuts_off_is_told_that_it_may_be_sent_again(repository: Pat
             time.sleep(0.3)
     in_flight = [answer for sent, ended, answer in load.answers if sent < told_to_stop < ended]
     assert len(in_flight) == CALLERS, "the load is too light to tell"
-    assert {type(error) for error in load.errors()} == {ServerUnavailableError}
+    for error in load.errors():
+        assert isinstance(error, ServerUnavailableError) or "no available versions" in str(error)
     assert all(isinstance(answer, Exception) or answer == [CLASSES] * len(IMAGES) for _, _, answer in load.answers)
     assert not any(isinstance(answer, Exception) for _, ended, answer in load.answers if ended < told_to_stop)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
-def test_with_retries_another_server_takes_over_and_no_request_is_lost(repository: Path, stop: signal.Signals) -> None:
+@pytest.mark.parametrize("end", ["stop", "SIGTERM", "SIGKILL"])
+def test_with_retries_another_server_takes_over_and_no_request_is_lost(repository: Path, end: str) -> None:
     with ExitStack() as running:
         servers = [running.enter_context(EmbeddedTriton(repository)) for _ in range(2)]
         client = running.enter_context(balanced(servers))
@@ -116,10 +118,13 @@ def test_with_retries_another_server_takes_over_and_no_request_is_lost(repositor
         with loaded(ask) as load:
             time.sleep(1.0)
             before = load.answered()
-            os.kill(servers[0].process_id, stop)
-            psutil.Process(servers[0].process_id).wait(timeout=30)
+            process = psutil.Process(servers[0].process_id)
+            if end == "stop":
+                servers[0].stop()
+            else:
+                process.send_signal(signal.Signals[end])
+            process.wait(timeout=30)
             time.sleep(1.0)
-        assert before > CALLERS
         assert load.answered() > before + CALLERS
     assert load.errors() == []
     assert all(answer == [CLASSES] * len(IMAGES) for _, _, answer in load.answers)
@@ -158,3 +163,38 @@ def test_where_nobody_is_sent_there_any_more_a_stop_needs_no_retry(repository: P
     assert min(sent.values()) > 0
     assert load.answered() > before
     assert load.errors() == []
+
+
+def test_a_server_that_is_stopped_answers_what_it_has(repository: Path) -> None:
+    with EmbeddedTriton(repository) as server, GuardedClient(server.grpc_address, retries=0) as client:
+        labels(client)
+        with loaded(lambda: labels(client)) as load:
+            time.sleep(1.5)
+            told_to_stop = time.monotonic()
+            server.stop()
+            took = time.monotonic() - told_to_stop
+    # A request is on its way for a moment: one that was sent just before may arrive just after.
+    before = [(ended, answer) for sent, ended, answer in load.answers if sent < told_to_stop - 0.1]
+    assert any(ended > told_to_stop for ended, _ in before), "the load is too light to tell"
+    assert [answer for _, answer in before] == [[CLASSES] * len(IMAGES)] * len(before)
+    assert any("no available versions" in str(error) for error in load.errors())
+    assert took < 15
+
+
+def test_a_request_that_finds_no_version_is_sent_again(repository: Path) -> None:
+    with EmbeddedTriton(repository) as server:
+        headers = control_headers(server.control_token)
+        with (
+            GuardedClient(server.grpc_address) as client,
+            GuardedClient(server.grpc_address, headers=headers) as control,
+        ):
+            labels(client)
+            control.ask("guarded", lambda triton, **options: triton.unload_model("guarded", **options))
+            with GuardedClient(server.grpc_address, retries=0) as hasty, pytest.raises(ServerError, match="not loaded"):
+                labels(hasty)
+            loads = threading.Timer(
+                0.5, lambda: control.ask("guarded", lambda triton, **options: triton.load_model("guarded", **options))
+            )
+            loads.start()
+            assert labels(client) == [CLASSES] * len(IMAGES)
+            loads.join()
