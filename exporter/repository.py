@@ -326,7 +326,7 @@ def model_configs(
         "strip_entropy": (["sentinel_probabilities"], [*SENTINEL_OUTPUTS]),
         "repaired": (["image"], ["repaired_probabilities"]),
         "fused": (["image"], [*SENTINEL_OUTPUTS, "repaired_probabilities"]),
-        "strip_verdict": ([*SENTINEL_OUTPUTS, "repaired_probabilities"], [name for name, _, _ in public]),
+        "strip_verdict": (["image", *SENTINEL_OUTPUTS, "repaired_probabilities"], [name for name, _, _ in public]),
     }
     for name in BEHIND[layout_of(models)]:
         inputs, outputs = tensors[name]
@@ -341,7 +341,9 @@ def model_configs(
                 output_map={tensor: among.get(tensor, tensor) for tensor in outputs},
             )
         )
-    verdict = _config("strip_verdict", [*opinion, repaired_probabilities], public, backend="python", image_sized=False)
+    verdict = _config(
+        "strip_verdict", [image, *opinion, repaired_probabilities], public, backend="python", image_sized=False
+    )
     verdict.parameters["mode"].CopyFrom(ModelParameter(string_value="block"))
     configs = [
         guarded,

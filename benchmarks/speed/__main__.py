@@ -47,8 +47,9 @@ def run(
     with progress() as report:
         found = _read(output)
         found |= {"hardware": hardware(), "rounds": rounds, "seconds": seconds}
-        found["offline"], found["varied"] = compare(rounds, report), vary(rounds, report)
-        found["served"] = _served(rounds, seconds, report)
+        badnet = cached_badnet(BadNetOptions(), on_progress=report).folder
+        found["offline"], found["varied"] = compare(badnet, rounds, report), vary(rounds, report)
+        found["served"] = _served(badnet, rounds, seconds, report)
     _write(output, found)
     draw(output / "speed.png", found)
     show(found)
@@ -94,8 +95,7 @@ def hardware() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name}, {memory:.0f} GiB, no GPU asked"
 
 
-def _served(rounds: int, seconds: float, report: OnProgress) -> list[dict[str, Any]]:
-    badnet = cached_badnet(BadNetOptions()).folder
+def _served(badnet: Path, rounds: int, seconds: float, report: OnProgress) -> list[dict[str, Any]]:
     clean, trojaned = (read_hdf5(badnet / name).images for name in (TEST_FILE, trojaned_file("sunglasses")))
     some = trojaned[: max(1, round(len(clean) * _TROJANED_SHARE / (1 - _TROJANED_SHARE)))]
     pools = {"clean": clean, "1 % trojaned": np.concatenate([clean, some])}
