@@ -238,28 +238,23 @@ class QuarantineMetrics:
 
     def __init__(self, pb_utils: Any, quarantine: Quarantine) -> None:
         self._quarantine = quarantine
-        self._told: dict[Any, int] = {}
         family = pb_utils.MetricFamily
         self._families: list[Any] = []  # a metric ends with its family
-
-        def add(name: str, description: str, labels: list[dict[str, str]]) -> list[Any]:
-            self._families.append(
-                family(name=f"stripwire_quarantine_{name}", description=description, kind=family.COUNTER)
-            )
-            return [self._families[-1].Metric(labels=each) for each in labels]
-
-        (self._kept,) = add("kept_total", "Rejected inputs that were kept", [{}])
-        (self._removed,) = add("removed_total", "Rejected inputs that went, being the oldest, to make room", [{}])
-        reasons = [{"reason": reason} for reason in DROPPED]
-        self._dropped = dict(
-            zip(DROPPED, add("dropped_total", "Rejected inputs not kept, by why", reasons), strict=True)
-        )
+        self._metrics: list[Any] = []
+        for name, description, labels in (
+            ("kept", "Rejected inputs that were kept", [{}]),
+            ("removed", "Rejected inputs that went, being the oldest, to make room", [{}]),
+            ("dropped", "Rejected inputs that were not kept, by why", [{"reason": reason} for reason in DROPPED]),
+        ):
+            made = family(name=f"stripwire_quarantine_{name}_total", description=description, kind=family.COUNTER)
+            self._families.append(made)
+            self._metrics += [made.Metric(labels=each) for each in labels]
+        self._told = [0] * len(self._metrics)
 
     def tell(self) -> None:
         """Hand over what was counted since."""
-        counts = {self._kept: self._quarantine.kept, self._removed: self._quarantine.removed}
-        counts |= {metric: self._quarantine.dropped[reason] for reason, metric in self._dropped.items()}
-        for metric, count in counts.items():
-            if more := count - self._told.get(metric, 0):
-                metric.increment(float(more))
-                self._told[metric] = count
+        counts = [self._quarantine.kept, self._quarantine.removed, *self._quarantine.dropped.values()]
+        for index, count in enumerate(counts):
+            if more := count - self._told[index]:
+                self._metrics[index].increment(float(more))
+                self._told[index] = count

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from samples.canaries import Canaries
+from detector.errors import InputError
+from model_repository.manifest import read_manifest
+from samples.canaries import Canaries, choose_canaries, read_canaries, write_canaries
+
+FILE = "canaries.npz"
+"""In the folder of a version of `guarded`."""
+
+_MOST = 100
+_MOST_BYTES = 16 << 20  # of each kind: they lie in every version
 
 
 def canaries_for(
@@ -37,3 +46,65 @@ def canaries_for(
         calibration.get("frr_high"),
         acceptance.get("high"),
     )
+
+
+def write_exported(
+    folder: Path,
+    version: str,
+    entry: Mapping[str, Any],
+    clean: NDArray[np.uint8],
+    trojaned: NDArray[np.uint8] | None,
+    seed: int,
+) -> None:
+    """Write canaries for a version that is being exported: up to 100 of each kind, fewer of large images.
+
+    Args:
+        folder: of the version of `guarded`.
+        version: its number.
+        entry: what the manifest is to say of it.
+        clean: (images, height, width, channels), uint8, on which neither the repair nor the threshold was fitted.
+        trojaned: likewise, that no repair has seen; None where there are none.
+        seed: of the choice.
+    """
+    count = max(1, min(_MOST, _MOST_BYTES // clean[0].nbytes))
+    write_canaries(folder / FILE, canaries_for(version, entry, *choose_canaries(clean, trojaned, count, seed)))
+
+
+def write_recalibrated(
+    folder: Path, version: str, entry: Mapping[str, Any], base: Path, used: NDArray[np.uint8]
+) -> None:
+    """Write the canaries of the version before for one that was calibrated anew; none where it has none.
+
+    Args:
+        folder: of the version of `guarded`.
+        version: its number.
+        entry: what the manifest is to say of it.
+        base: folder of the version before.
+        used: images that the new calibration has seen, (images, height, width, channels), uint8; no canary is of them.
+    """
+    if not (base / FILE).exists():
+        return
+    known = read_canaries(base / FILE)
+    seen = {image.tobytes() for image in used}
+    kept = np.array([image.tobytes() not in seen for image in known.images])
+    if kept.any():
+        write_canaries(folder / FILE, canaries_for(version, entry, known.images[kept], known.trojaned[kept]))
+
+
+def find_canaries(path: Path) -> Path:
+    """Return the canary file that a path means: itself, or that of the active version of a model repository.
+
+    Raises:
+        InputError: the active version has none.
+        RepositoryError: it is a folder, but no model repository.
+    """
+    if not path.is_dir():
+        return path
+    active: str = read_manifest(path)["active"]
+    file = path / "guarded" / active / FILE
+    if not file.exists():
+        raise InputError(
+            f"canaries: version {active} of {path} has none, expected a version that this Stripwire exported, or a "
+            "canary file (`stripwire canaries`)"
+        )
+    return file

@@ -254,6 +254,7 @@ def _spare(units: list[Indices], sizes: Mapping[str, PartSize], percent: dict[st
         raise CalibrationError(
             f"clean data: got {count} distinct images, expected at least {needed}: {', '.join(uses)}; "
             "give more clean images, ask for fewer overlays, or for a higher target FRR"
+            + (", or do without a repair (--repair none)" if "repair" in percent else "")
         )
     return count - needed
 

@@ -18,6 +18,7 @@ from rich.console import Console
 import benchmarks.speed
 from benchmarks.files import write_whole
 from benchmarks.speed.contenders import ENSEMBLE, FUSED, contenders
+from benchmarks.speed.instances import compare_instances, instances_table
 from benchmarks.speed.offline import compare, vary
 from benchmarks.speed.results import draw, offline_table, served_table, targets, varied_table
 from benchmarks.speed.served import Load, blends, measure
@@ -73,6 +74,20 @@ def soak(
     found = _read(output) | {"soak": {"requests": requests, "callers": callers, "memory_mib": memory}}
     _write(output, found)
     show(found)
+
+
+@app.command()
+def instances(
+    rounds: Annotated[int, typer.Option(min=1, help="How often each has its turn.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long a turn is.")] = 1.0,
+    output: Annotated[Path, typer.Option(help="Folder with speed.json.")] = RESULTS,
+) -> None:
+    """Compare one instance of each network with two."""
+    with progress() as report:
+        badnet = cached_badnet(BadNetOptions(), on_progress=report).folder
+        found = _read(output) | {"instances": compare_instances(badnet, rounds, seconds, report)}
+    _write(output, found)
+    Console().print(instances_table(found["instances"]))
 
 
 def show(found: dict[str, Any]) -> None:

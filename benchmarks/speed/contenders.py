@@ -55,8 +55,8 @@ class Contender:
 def contenders(badnet: Path, folder: Path) -> Iterator[list[Contender]]:
     """Export a BadNet in every layout, serve each, and yield who can be asked.
 
-    What a network costs does not hang on its weights, so the repair is cut short; but two networks it must be, since what
-    two that are the same have in common would be computed once.
+    What a network costs does not hang on its weights, so the repair is cut short; but two networks it must be, since
+    what two that are the same have in common would be computed once.
 
     Args:
         badnet: folder of a trained BadNet, see `exporter.badnet`.

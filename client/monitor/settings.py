@@ -30,10 +30,16 @@ class MonitorSettings(BaseSettings):
     )
 
     canaries: Path
-    """Canary file, see `samples.canaries`."""
+    """Canary file, see `samples.canaries`; or the model repository that is served, whose active version's is taken."""
 
     record: Path = Path("stripwire-feedback.sqlite")
     """The record of feedback; made if there is none. On a disk that outlives the monitor."""
+
+    quarantine: Path | None = None
+    """Folder where the server keeps rejected inputs, its `STRIPWIRE_QUARANTINE`; who may give feedback sees them."""
+
+    metrics_url: str | None = None
+    """Triton's metrics, such as http://127.0.0.1:8002/metrics; with them, the monitor tells how far entropies drift."""
 
     listen: str = "127.0.0.1:8003"
     """`host:port` to listen on, `[address]:port` for IPv6; port 0 for a free one."""
@@ -86,6 +92,13 @@ class MonitorSettings(BaseSettings):
         if token is not None and not re.fullmatch(r"[!-~]{16,}", token.get_secret_value()):
             raise ValueError("at least 16 printable ASCII characters without blanks")
         return token
+
+    @field_validator("metrics_url")
+    @classmethod
+    def _is_a_url(cls, url: str | None) -> str | None:
+        if url is not None and not re.fullmatch(r"https?://[^/\s]+/\S*", url):
+            raise ValueError("a URL such as http://127.0.0.1:8002/metrics")
+        return url
 
     @property
     def address(self) -> tuple[str, int]:

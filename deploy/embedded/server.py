@@ -30,6 +30,7 @@ import psutil
 
 from deploy.embedded.control_file import write_control_token
 from detector.errors import InputError, ServerError, ServerStartError, SetupError
+from detector.quarantine import FOLDER_VARIABLE
 from detector.serving import CONTROL_KEY, MODES, SENTINEL
 from model_repository.manifest import verify_repository
 
@@ -186,6 +187,8 @@ class EmbeddedTriton:
         metrics_port: port of the Prometheus metrics.
         control_token: what a caller must know to have the server load another version; None for a random one. It is
             left in a file that this user alone can read, see `deploy.embedded.control_file`.
+        quarantine: folder where the server keeps what it rejects, see `detector.quarantine`; None leaves that to the
+            environment, whose STRIPWIRE_QUARANTINE says the same.
         startup_timeout_seconds: how long the models may take to load.
 
     Raises:
@@ -203,6 +206,7 @@ class EmbeddedTriton:
         grpc_port: int = 0,
         metrics_port: int = 0,
         control_token: str | None = None,
+        quarantine: Path | None = None,
         startup_timeout_seconds: float = 120.0,
     ) -> None:
         if mode not in MODES:
@@ -217,6 +221,7 @@ class EmbeddedTriton:
         self.mode = mode
         self.host = host
         self._ports = choose_ports(host, {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port})
+        self.quarantine = None if quarantine is None else quarantine.resolve()
         self._startup_timeout_seconds = startup_timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._work_folder: Path | None = None
@@ -355,7 +360,7 @@ class EmbeddedTriton:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(triton),
+                env=_environment(triton, self.quarantine),
                 start_new_session=True,
             )
 
@@ -460,8 +465,10 @@ def error_lines(log: str, most: int = 20) -> str:
     return "\n".join((telling or lines)[-most:]) or "(it printed nothing)"
 
 
-def _environment(triton: TritonInstallation) -> dict[str, str]:
+def _environment(triton: TritonInstallation, quarantine: Path | None) -> dict[str, str]:
     environment = dict(os.environ)
+    if quarantine is not None:
+        environment[FOLDER_VARIABLE] = str(quarantine)
     libraries = [str(folder) for folder in triton.library_folders]
     if inherited := environment.get("LD_LIBRARY_PATH"):
         libraries.append(inherited)

@@ -1,0 +1,119 @@
+"""Asks a monitor about the inputs that were rejected, and tells it what they were."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import httpx
+
+from client.api import is_loopback
+from detector.errors import AccessDeniedError, InputError, RequestRejectedError, ServerError, ServerUnavailableError
+
+_TIMEOUT_SECONDS = 30.0
+
+
+class QuarantineClient:
+    """The quarantine behind one monitor.
+
+    Args:
+        url: of the monitor, such as http://127.0.0.1:8003; https to another machine.
+        token: the monitor's feedback token.
+
+    Raises:
+        InputError: the URL cannot be used, there is no token, or it would travel in plaintext to another machine.
+    """
+
+    def __init__(self, url: str, token: str | None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise InputError(f"monitor: got {url!r}, expected a URL such as http://127.0.0.1:8003")
+        if not token:
+            raise InputError("feedback token: got none, expected the monitor's (STRIPWIRE_FEEDBACK_TOKEN)")
+        if parts.scheme == "http" and not is_loopback(parts.netloc):
+            raise InputError(
+                f"monitor: {url} is another machine and the connection is not encrypted, so anybody on the way could "
+                "read token and images; use https, or forward the port to this machine"
+            )
+        self._url = url.rstrip("/")
+        headers = {"Authorization": f"Bearer {token}"}
+        self._http = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT_SECONDS)
+
+    def __enter__(self) -> QuarantineClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def listing(self, *, limit: int = 1000, labelled: bool = True) -> dict[str, Any]:
+        """Return the newest inputs, and how many there are; see `client.monitor.quarantine.QuarantineView.listing`.
+
+        Args:
+            limit: the most inputs, 1..1000.
+            labelled: also those of which somebody has said what they are.
+
+        Raises:
+            InputError, ServerError: no usable answer.
+        """
+        params = {"limit": limit, "labelled": str(labelled).lower()}
+        found: dict[str, Any] = self._ask("GET", "/v1/quarantine", params=params).json()
+        return found
+
+    def find(self, request_id: str) -> dict[str, Any]:
+        """Return what is known of an input, the newest of that name.
+
+        Raises:
+            InputError: there is none of that name, or no more.
+            ServerError: no usable answer.
+        """
+        for about in self.listing()["inputs"]:
+            if about["request_id"] == request_id:
+                return dict(about)
+        raise InputError(
+            f"request id: {request_id!r} is not in the quarantine, or no more: the oldest inputs go. `stripwire "
+            "quarantine list --all` shows those that are"
+        )
+
+    def picture(self, key: str) -> bytes:
+        """Return the image of an input as PNG; raises as `listing` does."""
+        return self._ask("GET", f"/v1/quarantine/{quote(key, safe='')}.png").content
+
+    def label(self, request_id: str, truth: str) -> bool:
+        """Record what an input was, `clean` or `trojaned`; return whether that is new.
+
+        Raises:
+            InputError: the record says otherwise, and stays as it is.
+            ServerError: it was not recorded.
+        """
+        feedback = {"request_id": request_id, "truth": truth, "verdict": "rejected"}
+        return self._ask("POST", "/v1/feedback", json=feedback).status_code == 201
+
+    def _ask(self, method: str, path: str, **given: Any) -> httpx.Response:
+        try:
+            answer = self._http.request(method, path, **given)
+        except httpx.HTTPError as error:
+            raise ServerUnavailableError(
+                f"monitor: {self._url} does not answer ({error}); is this where `stripwire monitor` listens?"
+            ) from error
+        if answer.is_success:
+            return answer
+        said = _error_in(answer)
+        if answer.status_code in (401, 403):
+            raise AccessDeniedError(f"monitor: {said} (STRIPWIRE_FEEDBACK_TOKEN)")
+        if answer.status_code == 404:
+            raise ServerError(f"monitor: {said}; was it started with --quarantine?")
+        if answer.status_code == 409:
+            raise InputError(f"monitor: {said}")
+        if answer.status_code == 422:
+            raise RequestRejectedError(f"monitor: {said}")
+        raise ServerError(f"monitor: {said}")
+
+
+def _error_in(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"{answer.url.path} was answered with status {answer.status_code}"
