@@ -197,7 +197,7 @@ def watch(
     with ExitStack() as running:
         with progress() as report:
             watched = running.enter_context(start(ports, identities=identities, seed=seed, on_progress=report))
-        table = Table(title="Running, on this machine", show_header=False)
+        table = Table("", Column(overflow="fold"), title="Running, on this machine", show_header=False)
         for name, page in watched.pages().items():
             table.add_row(name, page)
         console.print(table)

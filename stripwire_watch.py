@@ -134,10 +134,11 @@ class Watched:
 
     def pages(self) -> dict[str, str]:
         """Return what there is to look at, by what it is."""
-        graph = urlencode({"g0.expr": "stripwire:rejection:ratio5m", "g0.tab": 0, "g0.range_input": "15m"})
+        rate = urlencode({"g0.expr": "stripwire:rejection:ratio5m", "g0.tab": 0, "g0.range_input": "15m"})
+        alerts = urlencode({"g0.expr": "ALERTS", "g0.tab": 1})
         return {
-            "rejection rate": f"{self.prometheus.url}/graph?{graph}",
-            "alerts": f"{self.prometheus.url}/alerts",
+            "rejection rate": f"{self.prometheus.url}/graph?{rate}",
+            "alerts": f"{self.prometheus.url}/graph?{alerts}",
             "quarantine": f"{self.monitor}/quarantine",
             "  its token": self.feedback_token,
             "metrics of the monitor": f"{self.monitor}/metrics",
