@@ -780,7 +780,7 @@ def canaries(
     seed: Seed = 0,
 ) -> None:
     """Choose labelled images for the monitor to send to the server again and again."""
-    from exporter.canaries import canaries_for
+    from exporter.canaries import canaries_for, unused
     from exporter.inputs import InputReader
     from model_repository.manifest import read_manifest
     from samples.canaries import Canaries, choose_canaries, write_canaries
@@ -799,6 +799,9 @@ def canaries(
         clean_images = reader.read(clean).images
         trojaned_images = None if trojaned is None else reader.read(trojaned).images
     tell(reader.notes)
+    if manifest is not None and repository is not None:
+        clean_images, notes = unused(clean_images, repository, manifest)
+        tell(notes)
     images, truth = choose_canaries(clean_images, trojaned_images, count, seed)
     if manifest is None or active is None:
         chosen = Canaries(images, truth, classes or 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detector.errors import InputError
+from detector.errors import DataError, InputError
+from exporter.used import uses
 from model_repository.manifest import read_manifest
 from samples.canaries import Canaries, choose_canaries, read_canaries, write_canaries
 
@@ -46,6 +48,33 @@ def canaries_for(
         calibration.get("frr_high"),
         acceptance.get("high"),
     )
+
+
+def unused(
+    images: NDArray[np.uint8], repository: Path, manifest: Mapping[str, Any]
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Return the images that the active version was not made of, and what there is to say of the others.
+
+    Args:
+        images: (images, height, width, channels), uint8.
+        repository: a model repository.
+        manifest: of it.
+
+    Raises:
+        DataError: it was made of all of them.
+    """
+    found = uses(repository, manifest, images)
+    counts = Counter(use for use in found if use is not None)
+    if not counts:
+        return images, ()
+    told = ", ".join(f"{count} for {use}" for use, count in counts.items())
+    if counts.total() == len(images):
+        raise DataError(
+            f"clean data: the export has used all {len(images)} images ({told}), expected images that it has not seen; "
+            f"the canaries that it left are those of {repository}: stripwire monitor --canaries {repository}"
+        )
+    note = f"{counts.total()} of {len(images)} clean images were left out, which the export has used: {told}."
+    return images[[use is None for use in found]], (note,)
 
 
 def write_exported(

@@ -38,6 +38,7 @@ from exporter.report.collect import collect
 from exporter.repository import ServedModel, check_output, write_repository
 from exporter.splits import Split, part_to_json, split_clean, take_share
 from exporter.training import Progress, score
+from exporter.used import write_used
 from samples.types import Samples
 
 _SCALE_IMAGES = 1000
@@ -241,6 +242,7 @@ def export(
     def write_beside(folder: Path, number: str, entry: dict[str, Any]) -> None:
         write_report(folder, report, number, provenance)
         trojaned = None if attack is None else attack.images
+        write_used(folder, {name: part.images for name, part in vars(split).items()})
         write_exported(folder, number, entry, split.validation.images, trojaned, options.seed)
 
     number = write_repository(output, served, write_beside)

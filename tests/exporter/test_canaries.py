@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import pytest
 from numpy.typing import NDArray
 
 from detector.calibration import ThresholdRule
-from detector.errors import InputError, RepositoryError
-from exporter.canaries import FILE, find_canaries, write_exported
+from detector.errors import DataError, InputError, RepositoryError
+from exporter.canaries import FILE, find_canaries, unused, write_exported
 from exporter.export import Data, ExportOptions, export
 from exporter.recalibration import RecalibrationOptions, recalibrate
 from exporter.repair import RepairOptions
 from exporter.repository import activate
+from exporter.used import uses
 from model_repository.manifest import read_manifest, verify_repository
 from samples.canaries import read_canaries
 from samples.hdf5 import read_hdf5, write_hdf5
@@ -71,6 +73,42 @@ def test_a_calibration_takes_them_over_but_for_what_it_has_seen(exported: Path, 
     assert canaries.frr_upper == result.calibration.to_json()["frr_high"]
     activate(repository, "1")
     assert read_canaries(find_canaries(repository)).version == "1"
+
+
+def test_images_that_the_export_has_used_are_no_canaries(exported: Path, badnet: Path) -> None:
+    manifest = read_manifest(exported)
+    used = read_hdf5(badnet / "clean_validation_data.h5").images
+    new = read_hdf5(badnet / "clean_test_data.h5").images
+    assert unused(new, exported, manifest)[1] == ()
+    kept, (note,) = unused(np.concatenate([used[:30], new]), exported, manifest)
+    np.testing.assert_array_equal(kept, new)
+    assert note.startswith(f"30 of {30 + len(new)} clean images were left out, which the export has used: ")
+    with pytest.raises(DataError, match="the export has used all 30 images"):
+        unused(used[:30], exported, manifest)
+    # What each was used for is told as the manifest counts it.
+    split = manifest["versions"]["1"]["split"]
+    expected = {part: about["images"] for part, about in split.items() if about["images"] and part != "attack"}
+    assert Counter(uses(exported, manifest, used)) == expected
+        {part: counts[part] for part in counts if part != "attack"}
+    )
+
+
+def test_a_calibration_says_which_images_have_taught_the_network(badnet: Path, tmp_path: Path) -> None:
+    data = Data(badnet / "clean_validation_data.h5")
+    options = ExportOptions(
+        repair=RepairOptions(method="finetune", epochs=1, allowed_drop=0.9), rule=ThresholdRule(detector="strip")
+    )
+    export(badnet / "bd_net.keras", data, tmp_path / "repository", options)
+    repaired = tmp_path / "repository"
+    clean = read_hdf5(badnet / "clean_validation_data.h5")
+    taught = np.flatnonzero([use == "repair" for use in uses(repaired, read_manifest(repaired), clean.images)])
+    assert len(taught) == read_manifest(repaired)["versions"]["1"]["split"]["repair"]["images"]
+    write_hdf5(tmp_path / "old.h5", clean.take(taught[:150]))
+    rule = RecalibrationOptions(ThresholdRule(target_frr=0.1))
+    (note,) = recalibrate(repaired, tmp_path / "old.h5", rule).notes
+    assert "140 of the 140 images that calibrate have taught the repaired network" in note
+    # A version that is calibrated again remembers what the one before had used.
+    assert uses(repaired, read_manifest(repaired), clean.images[taught[200:210]]) == ["repair"] * 10
 
 
 def test_of_large_images_there_are_fewer(tmp_path: Path) -> None:
