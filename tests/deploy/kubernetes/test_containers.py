@@ -6,9 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,20 +28,15 @@ from tests.deploy.kubernetes.manifests import (
     KUBERNETES,
     OVERLAYS,
     ROOT,
-    Document,
-    environment,
-    expanded,
     of_kind,
     pods,
     rendered,
     server,
 )
+from tests.deploy.kubernetes.processes import STRIPWIRE, TOKENS, Place, running, serving
 
-TOKENS = {key: f"the-token-for-{key}" for key in ("control", "feedback")}
 COMING = {"STRIPWIRE_QUARANTINE", "STRIPWIRE_QUARANTINE_BYTES", "STRIPWIRE_METRICS_URL"}
 """Settings that the code is about to know."""
-
-STRIPWIRE = [sys.executable, str(ROOT / "stripwire.py")]
 
 
 @pytest.fixture(scope="module")
@@ -95,45 +88,6 @@ def test_every_variable_is_one_that_is_read(name: str) -> None:
                 known = variable in settings if container["args"] == ["monitor"] else variable in code
                 named = f"$({variable})" in texts
                 assert known or named or variable in COMING | {"CUPY_CACHE_DIR"}, f"{container['name']}: {variable}"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the containers' files and ports are on this machine.
-
-    Attributes:
-        folder: has a folder for each volume.
-        ports: of this machine, by those of the pods.
-    """
-
-    folder: Path
-    ports: Mapping[str, int]
-
-    def here(self, container: Document, text: str) -> str:
-        """Return an argument or the value of a variable as it must be here."""
-        mounts = {mount["mountPath"]: str(self.folder / mount["name"]) for mount in container["volumeMounts"]}
-        text = re.sub(rf"(?<![\w.])({'|'.join(mounts)})(?=/|$)", lambda match: mounts[match[1]], text)
-        for there, port in self.ports.items():
-            text = re.sub(rf"\b{there}\b", str(port), text)
-        return text.replace("0.0.0.0:", "127.0.0.1:")
-
-    def arguments(self, name: str, container: Document) -> list[str]:
-        variables = environment(name, container, TOKENS)
-        return [self.here(container, expanded(argument, variables)) for argument in container["args"]]
-
-    def environment(self, name: str, container: Document) -> dict[str, str]:
-        variables = environment(name, container, TOKENS)
-        return {key: self.here(container, value) for key, value in variables.items() if key != "HOME"}
-
-    def run(self, name: str, container: Document, *more: str) -> subprocess.CompletedProcess[str]:
-        """Run a container of ours to its end, with further arguments."""
-        return subprocess.run(
-            [*container.get("command", STRIPWIRE), *self.arguments(name, container), *more],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "COLUMNS": "1000", **self.environment(name, container)},
-        )
 
 
 @pytest.fixture(scope="module")
@@ -218,18 +172,6 @@ def certificates(place: Place) -> Place:
     return place
 
 
-@contextmanager
-def running(command: list[str], variables: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program for as long as the block lasts."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
-        try:
-            yield process
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
-
-
 @dataclass(frozen=True)
 class RunningPod:
     """A pod as processes of this machine.
@@ -272,20 +214,12 @@ class RunningPod:
 def pod(request: pytest.FixtureRequest, releases: Place, certificates: Place) -> Iterator[RunningPod]:  # noqa: ARG001
     """Return a pod of each, once its probe says that it is started."""
     name: str = request.param
-    triton, watcher = server(name).triton, server(name).container("monitor")
-    installed = embedded.find_triton()
-    backends = releases.folder / "backends"
-    if not backends.exists():
-        shutil.copytree(Path(embedded.__file__).parent / "backends", backends)
-        shutil.copytree(installed.python_backend, backends / "python")
-        shutil.copy2(installed.stub, backends / "python")
-    command = [str(installed.executable), f"--backend-directory={backends}", *releases.arguments(name, triton)]
-    serving = {**embedded._environment(installed), **releases.environment(name, triton)}
-    watching = {**os.environ, **releases.environment(name, watcher)}
+    watcher = server(name).container("monitor")
     logs = [releases.folder / f"{one}.log" for one in ("monitor", "triton")]
+    watching = [*STRIPWIRE, *releases.arguments(name, watcher)]
     with (
-        running([*STRIPWIRE, *releases.arguments(name, watcher)], watching, logs[0]) as monitor,
-        running(command, serving, logs[1]) as process,
+        running(watching, {**os.environ, **releases.environment(name, watcher)}, logs[0]) as monitor,
+        serving(releases, name, logs[1]) as process,
     ):
         it = RunningPod(name, releases, process.pid)
 
