@@ -466,6 +466,18 @@ def export(
         command("reload", output, "--url", "127.0.0.1:8001")
 
 
+@app.command(epilog="Example: stripwire verify repository && tritonserver --model-repository repository …")
+def verify(repository: Exported, as_json: AsJson = False) -> None:
+    """Check every file of a model repository against its manifest; what does not match must not be served."""
+    from model_repository.manifest import verify_repository
+
+    manifest = verify_repository(repository)
+    if as_json:
+        print_json({"repository": str(repository), "version": manifest["active"], "files": len(manifest["files"])})
+        return
+    say(f"{repository} matches its manifest: {len(manifest['files'])} files; version {manifest['active']} is active.")
+
+
 @app.command(epilog="Example: stripwire serve repository --grpc-port 8001 --mode shadow")
 def serve(
     repository: Exported,

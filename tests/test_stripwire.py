@@ -42,7 +42,7 @@ from samples.canaries import read_canaries
 from samples.hdf5 import read_hdf5
 
 COMMANDS = (
-    *("demo", "train-badnet", "train-badnet-on", "export", "serve"),
+    *("demo", "train-badnet", "train-badnet-on", "export", "verify", "serve"),
     *("calibrate", "rollback", "reload", "classify", "evaluate", "canaries", "monitor"),
 )
 
@@ -94,6 +94,21 @@ def test_an_image_of_another_size_is_resized_only_when_asked(
     assert run(monkeypatch, "classify", tmp_path / "large.png", "--url", server.grpc_address) == 2
     assert "--resize" in capsys.readouterr().err
     assert run(monkeypatch, "classify", tmp_path / "large.png", "--url", server.grpc_address, "--resize") == 0
+
+
+def test_verify_tells_a_repository_that_matches_from_one_that_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], repository: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(repository, tmp_path / "repository")
+    assert run(monkeypatch, "verify", copied) == 0
+    assert "matches its manifest" in capsys.readouterr().out
+    assert run(monkeypatch, "verify", copied, "--json") == 0
+    files = len(json.loads((copied / "manifest.json").read_text())["files"])
+    assert json.loads(capsys.readouterr().out) == {"repository": str(copied), "version": "1", "files": files}
+    with (copied / "badnet" / "1" / "model.onnx").open("ab") as graph:
+        graph.write(b"!")
+    assert run(monkeypatch, "verify", copied) == 2
+    assert "badnet/1/model.onnx was altered" in capsys.readouterr().err
 
 
 def test_canaries_know_what_the_repository_promises(

@@ -465,7 +465,7 @@ def error_lines(log: str, most: int = 20) -> str:
     return "\n".join((telling or lines)[-most:]) or "(it printed nothing)"
 
 
-def _environment(triton: TritonInstallation, quarantine: Path | None) -> dict[str, str]:
+def _environment(triton: TritonInstallation, quarantine: Path | None = None) -> dict[str, str]:
     environment = dict(os.environ)
     if quarantine is not None:
         environment[FOLDER_VARIABLE] = str(quarantine)
