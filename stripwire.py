@@ -194,6 +194,7 @@ def watch(
     from stripwire_watch import watch as start
 
     ports = {"monitor": monitor_port, "Prometheus": prometheus_port}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as cleanly as for Ctrl-C
     with ExitStack() as running:
         with progress() as report:
             watched = running.enter_context(start(ports, identities=identities, seed=seed, on_progress=report))
@@ -523,7 +524,15 @@ def serve(
         console.print(table)
         console.print("Ctrl-C stops it. From another terminal:")
         command("classify", "--url", server.grpc_address, "IMAGE")
-        command("monitor", "--canaries", repository, "--url", server.grpc_address)
+        watching: list[str | Path] = [
+            "--url",
+            server.grpc_address,
+            "--metrics-url",
+            f"http://{server.metrics_address}/metrics",
+        ]
+        if quarantine is not None:
+            watching += ["--quarantine", quarantine]
+        command("monitor", "--canaries", repository, *watching)
         server.wait()
     except KeyboardInterrupt:
         console.print("Stopping.")
@@ -938,7 +947,7 @@ def quarantine_list(
             escape(about["request_id"]),
             f"{datetime.fromtimestamp(about['rejected_at'], timezone.utc):%Y-%m-%d %H:%M:%S}",
             str(about["label"]),
-            f"{about['entropy_bits']:.3g}",
+            "" if about["entropy_bits"] is None else f"{about['entropy_bits']:.3g}",
             f"{about['p_value']:.2g}",
             ", ".join(about["scores"]),
             about["truth"] or "",
@@ -980,9 +989,8 @@ def quarantine_label(
     from client.quarantine import QuarantineClient
 
     with QuarantineClient(monitor, feedback_token) as client:
-        for request_id in request_ids:
-            client.find(request_id)  # nothing is recorded if one of them is unknown
-        new = sum(client.label(request_id, truth) for request_id in request_ids)
+        keys = [client.find(request_id)["key"] for request_id in request_ids]  # or nothing is recorded
+        new = sum(client.label(key, truth) for key in keys)
     known = len(request_ids) - new
     say(f"{new} recorded as {truth}" + (f", {known} had been before." if known else "."))
 

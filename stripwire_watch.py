@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from client.api import GuardedClient
+from deploy.embedded.launch import bound_to_us
 from deploy.embedded.server import EmbeddedTriton, choose_ports
 from deploy.prometheus.local import RULES, LocalPrometheus, find_program, hasty
 from detector.errors import ServerError, ServerStartError
@@ -147,7 +148,16 @@ class Watched:
         }
 
     def rates(self) -> Rates:
-        """Return what Prometheus says now."""
+        """Return what Prometheus says now.
+
+        Raises:
+            ServerError: Prometheus, the server or the monitor runs no more.
+        """
+        for job in ("stripwire-triton", "stripwire-monitor"):
+            if self._value(f'sum_over_time(up{{job="{job}"}}[10s])') == 0:
+                raise ServerError(
+                    f"{job.removeprefix('stripwire-')} does not answer any more; see {self.prometheus.url}"
+                )
         alerts = self.prometheus.now('ALERTS{alertstate="firing"}')
         return Rates(
             self._value('sum(rate(stripwire_inputs_total{traffic="live"}[30s]))'),
@@ -216,7 +226,7 @@ def watch(ports: dict[str, int], *, identities: int, seed: int, on_progress: Pro
 def _monitor(server: EmbeddedTriton, folder: Path, port: int) -> Iterator[tuple[str, str]]:
     """Run the monitor as an operator does; yield its URL and its feedback token."""
     token, url = secrets.token_urlsafe(24), f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "stripwire", "monitor", "--canaries", str(folder / "canaries.npz")]
+    command = bound_to_us(sys.executable, "-m", "stripwire", "monitor", "--canaries", str(folder / "canaries.npz"))
     command += ["--record", str(folder / "feedback.sqlite"), "--quarantine", str(folder / "quarantine")]
     command += ["--url", server.grpc_address, "--listen", url.removeprefix("http://"), "--canaries-per-minute", "240"]
     command += ["--metrics-url", f"http://{server.metrics_address}/metrics"]
@@ -236,7 +246,7 @@ def _monitor(server: EmbeddedTriton, folder: Path, port: int) -> Iterator[tuple[
         if process.poll() is not None:
             raise ServerStartError(f"the monitor did not start:\n{log.read_text(errors='replace')}")
         try:
-            return httpx.get(f"{url}/readyz").status_code == 200
+            return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
         except httpx.TransportError:
             return False
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from types import TracebackType
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx
 
-from client.api import is_loopback
 from detector.errors import AccessDeniedError, InputError, RequestRejectedError, ServerError, ServerUnavailableError
 
 _TIMEOUT_SECONDS = 30.0
@@ -26,19 +27,26 @@ class QuarantineClient:
     """
 
     def __init__(self, url: str, token: str | None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        try:
+            address = httpx.URL(url)
+        except httpx.InvalidURL:
+            address = httpx.URL()
+        if address.scheme not in ("http", "https") or not address.host:
             raise InputError(f"monitor: got {url!r}, expected a URL such as http://127.0.0.1:8003")
         if not token:
             raise InputError("feedback token: got none, expected the monitor's (STRIPWIRE_FEEDBACK_TOKEN)")
-        if parts.scheme == "http" and not is_loopback(parts.netloc):
+        if not re.fullmatch(r"[!-~]+", token):
+            raise InputError("feedback token: expected printable ASCII characters without blanks")
+        local = _is_loopback(address.host)
+        if address.scheme == "http" and not local:
             raise InputError(
                 f"monitor: {url} is another machine and the connection is not encrypted, so anybody on the way could "
                 "read token and images; use https, or forward the port to this machine"
             )
         self._url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {token}"}
-        self._http = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT_SECONDS)
+        # A proxy that the environment names would be another machine.
+        self._http = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=not local)
 
     def __enter__(self) -> QuarantineClient:
         return self
@@ -58,9 +66,7 @@ class QuarantineClient:
         Raises:
             InputError, ServerError: no usable answer.
         """
-        params = {"limit": limit, "labelled": str(labelled).lower()}
-        found: dict[str, Any] = self._ask("GET", "/v1/quarantine", params=params).json()
-        return found
+        return self._json("GET", "/v1/quarantine", params={"limit": limit, "labelled": str(labelled).lower()})
 
     def find(self, request_id: str) -> dict[str, Any]:
         """Return what is known of an input, the newest of that name.
@@ -69,9 +75,9 @@ class QuarantineClient:
             InputError: there is none of that name, or no more.
             ServerError: no usable answer.
         """
-        for about in self.listing()["inputs"]:
-            if about["request_id"] == request_id:
-                return dict(about)
+        found = self._json("GET", "/v1/quarantine", params={"request_id": request_id, "limit": 1})
+        for about in found["inputs"]:
+            return dict(about)
         raise InputError(
             f"request id: {request_id!r} is not in the quarantine, or no more: the oldest inputs go. `stripwire "
             "quarantine list --all` shows those that are"
@@ -81,15 +87,23 @@ class QuarantineClient:
         """Return the image of an input as PNG; raises as `listing` does."""
         return self._ask("GET", f"/v1/quarantine/{quote(key, safe='')}.png").content
 
-    def label(self, request_id: str, truth: str) -> bool:
-        """Record what an input was, `clean` or `trojaned`; return whether that is new.
+    def label(self, key: str, truth: str) -> bool:
+        """Record what the input of a key was, `clean` or `trojaned`; return whether that is new.
 
         Raises:
             InputError: the record says otherwise, and stays as it is.
             ServerError: it was not recorded.
         """
-        feedback = {"request_id": request_id, "truth": truth, "verdict": "rejected"}
+        feedback = {"request_id": key, "truth": truth, "verdict": "rejected"}
         return self._ask("POST", "/v1/feedback", json=feedback).status_code == 201
+
+    def _json(self, method: str, path: str, **given: Any) -> dict[str, Any]:
+        answer = self._ask(method, path, **given)
+        try:
+            found: dict[str, Any] = answer.json()
+        except ValueError as error:
+            raise ServerError(f"monitor: {self._url} is no monitor of ours: it answers no JSON") from error
+        return found
 
     def _ask(self, method: str, path: str, **given: Any) -> httpx.Response:
         try:
@@ -110,6 +124,13 @@ class QuarantineClient:
         if answer.status_code == 422:
             raise RequestRejectedError(f"monitor: {said}")
         raise ServerError(f"monitor: {said}")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _error_in(answer: httpx.Response) -> str:

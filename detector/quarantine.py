@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import queue
 import re
@@ -16,16 +17,19 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from detector.errors import DataError, SetupError
+
+_T = TypeVar("_T")
 
 FOLDER_VARIABLE = "STRIPWIRE_QUARANTINE"
 """Of the server's environment: the folder; without it, nothing is kept."""
@@ -38,11 +42,14 @@ DEFAULT_INPUTS, DEFAULT_BYTES = 1000, 2**28
 DROPPED = ("busy", "too_large", "failed")
 """Why an input was not kept: others were waiting to be written, it is over the bound by itself, or the disk failed."""
 
-REQUEST_ID = r"[A-Za-z0-9_.:-]{1,110}"
-"""What the name of an input may be, `<request id>.<row>`: it is part of a file's name."""
+REQUEST_ID = r"[A-Za-z0-9_.:-]{1,107}"
+"""What the name of an input may be, `<request id>.<row>`: it is part of a file's name, and of what feedback names."""
 
 _FILE = re.compile(rf"(?P<nanoseconds>\d{{20}})-(?P<request_id>{REQUEST_ID})\.npz")
 _PARTIAL_PREFIX = ".partial-"
+_ABANDONED_SECONDS = 60.0  # after so long, nobody writes a file any more
+_LISTED_SECONDS = 5.0  # how long what is known of the folder is taken to be true
+_CLOSE_SECONDS = 10.0
 _WAITING = 64  # images, in memory
 
 
@@ -54,7 +61,7 @@ class Rejected:
         request_id: its name, `<id of its request>.<row>`, by which feedback names it; see `client.api.Verdict`.
         image: (height, width, channels), uint8.
         label: of the repaired network.
-        entropy_bits: STRIP's mean entropy.
+        entropy_bits: STRIP's mean entropy; not a number where a network's answer was none.
         p_value: how often a clean input looks at least as suspicious, 0..1.
         scores: which were at or beyond their thresholds, of `detector.scores.SCORES`.
         version: of the model repository that rejected it.
@@ -71,10 +78,14 @@ class Rejected:
     rejected_at: float
 
 
+_FIELDS = {field.name for field in fields(Rejected)} - {"request_id", "image"}
+
+
 class Quarantine:
     """Keeps rejected inputs within both bounds.
 
-    Several may share a folder, as two versions do while one replaces the other.
+    Several may share a folder, as two versions do while one replaces the other; they learn of each other's files every
+    five seconds.
 
     Args:
         folder: where they are kept; made if there is none.
@@ -93,7 +104,10 @@ class Quarantine:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for left in folder.glob(f"{_PARTIAL_PREFIX}*"):  # by a process that was killed
-                left.unlink(missing_ok=True)
+                if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                    left.unlink(missing_ok=True)
+            self._listed_at = -math.inf
+            self._known: deque[tuple[str, int]] = deque()
             self._make_room(0)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
@@ -130,29 +144,34 @@ class Quarantine:
             self.dropped["busy"] += 1
 
     def close(self) -> None:
-        """Write what is waiting, and end."""
-        self._waiting.put(None)
-        self._thread.join()
+        """Write what is waiting, and end; a disk that hangs is not waited for."""
+        with suppress(queue.Full):
+            self._waiting.put(None, timeout=_CLOSE_SECONDS)
+            self._thread.join(_CLOSE_SECONDS)
 
     def _run(self) -> None:
         while (rejected := self._waiting.get()) is not None:
             self._keep(rejected)
 
     def _keep(self, rejected: Rejected) -> None:
-        content = _written(rejected)
-        if len(content) > self._most_bytes:
-            self.dropped["too_large"] += 1
-            return
         try:
-            self._write(f"{time.time_ns():020d}-{rejected.request_id}.npz", content)
-        except OSError as error:
+            content = _written(rejected)
+            if len(content) > self._most_bytes:
+                self.dropped["too_large"] += 1
+                return
+            self._write(rejected.request_id, content)
+        except Exception as error:  # noqa: BLE001  whatever it is, the next one may do, and serving goes on
+            self._listed_at = -math.inf
             self.dropped["failed"] += 1
-            print(f"stripwire: a rejected input was not kept: {error}", file=sys.stderr)
+            print(f"stripwire: a rejected input was not kept: {error!r}", file=sys.stderr)
         else:
             self.kept += 1
 
-    def _write(self, name: str, content: bytes) -> None:
+    def _write(self, request_id: str, content: bytes) -> None:
         self._make_room(len(content))
+        # A clock that was set back does not make the newest the oldest.
+        newest = int(self._known[-1][0].partition("-")[0]) if self._known else 0
+        name = f"{max(time.time_ns(), newest + 1):020d}-{request_id}.npz"
         descriptor, partial = tempfile.mkstemp(prefix=_PARTIAL_PREFIX, dir=self._folder)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -161,18 +180,19 @@ class Quarantine:
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
+        self._known.append((name, len(content)))
 
     def _make_room(self, needed: int) -> None:
         """Remove the oldest inputs until one more, of so many bytes, is within the bounds; with 0, until all are."""
-        files = sorted(_files(self._folder), key=lambda file: file.name)
-        sizes = [_size(file) for file in files]
-        count, total = len(files) + bool(needed), sum(sizes) + needed
-        for file, size in zip(files, sizes, strict=True):
-            if count <= self._most_inputs and total <= self._most_bytes:
-                return
-            file.unlink(missing_ok=True)
+        if time.monotonic() - self._listed_at > _LISTED_SECONDS:
+            self._known = deque(sorted(_files(self._folder)))
+            self._listed_at = time.monotonic()
+        total = sum(size for _, size in self._known) + needed
+        while self._known and (len(self._known) + bool(needed) > self._most_inputs or total > self._most_bytes):
+            name, size = self._known.popleft()
+            (self._folder / name).unlink(missing_ok=True)
             self.removed += 1
-            count, total = count - 1, total - size
+            total -= size
 
 
 def quarantined(folder: Path) -> list[str]:
@@ -181,7 +201,7 @@ def quarantined(folder: Path) -> list[str]:
     Raises:
         OSError: the folder cannot be read.
     """
-    return sorted((file.stem for file in _files(folder)), reverse=True)
+    return sorted((name.removesuffix(".npz") for name, _ in _files(folder)), reverse=True)
 
 
 def request_id_of(key: str) -> str:
@@ -189,43 +209,62 @@ def request_id_of(key: str) -> str:
     return key.partition("-")[2]
 
 
-def read_rejected(folder: Path, key: str) -> Rejected | None:
-    """Return an input in a quarantine; None where it is there no more, since the oldest go.
+def read_about(folder: Path, key: str) -> dict[str, Any] | None:
+    """Return what is known of an input, the fields of `Rejected` but for its image; None where it is there no more.
 
     Raises:
         DataError: its file is damaged, or none of ours.
+        OSError: it cannot be read.
     """
-    path = folder / f"{key}.npz"
-    if _FILE.fullmatch(path.name) is None:
+    return _read(folder, key, lambda stored: _about(stored, key))
+
+
+def read_rejected(folder: Path, key: str) -> Rejected | None:
+    """Return an input; None where it is there no more, since the oldest go; raises as `read_about` does."""
+    return _read(folder, key, lambda stored: Rejected(image=_image(stored), **_about(stored, key)))
+
+
+def _read(folder: Path, key: str, read: Callable[[Any], _T]) -> _T | None:
+    name = f"{key}.npz"
+    if _FILE.fullmatch(name) is None:
         return None
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            image, about = stored["image"], json.loads(stored["about"].item())
-        found = Rejected(request_id=request_id_of(key), image=image, **about | {"scores": tuple(about["scores"])})
+        with (folder / name).open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return read(stored)
     except FileNotFoundError:
         return None
-    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: is no rejected input of ours ({error}); remove it") from error
+    except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{folder / name}: is no rejected input of ours ({error}); remove it") from error
+
+
+def _about(stored: Any, key: str) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads(stored["about"].item())
+    if about.keys() != _FIELDS:
+        raise ValueError(f"it tells {sorted(about)}, expected {sorted(_FIELDS)}")
+    return {"request_id": request_id_of(key), **about, "scores": tuple(about["scores"])}
+
+
+def _image(stored: Any) -> NDArray[np.uint8]:
+    image: NDArray[np.uint8] = stored["image"]
     if image.dtype != np.uint8 or image.ndim != 3:
-        raise DataError(f"{path}: the image is {image.dtype} of shape {image.shape}, expected uint8 of three axes")
-    return found
+        raise ValueError(f"the image is {image.dtype} of shape {image.shape}, expected uint8 of three axes")
+    return image
 
 
 def _written(rejected: Rejected) -> bytes:
-    about = {name: value for name, value in vars(rejected).items() if name not in ("request_id", "image")}
+    about = {name: getattr(rejected, name) for name in _FIELDS}
     content = io.BytesIO()
     np.savez(content, image=rejected.image, about=np.array(json.dumps(about)))
     return content.getvalue()
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in folder.iterdir() if _FILE.fullmatch(file.name))
-
-
-def _size(file: Path) -> int:
-    with suppress(FileNotFoundError):  # another one has removed it
-        return file.stat().st_size
-    return 0
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield name and size of each input's file."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _FILE.fullmatch(entry.name):
+                with suppress(FileNotFoundError):  # another one has removed it
+                    yield entry.name, entry.stat().st_size
 
 
 class QuarantineMetrics:

@@ -31,7 +31,7 @@ def canaries_for(
     Args:
         version: its number.
         entry: what the manifest says of it. A version that was only calibrated anew has measured no FAR.
-        images: (count, height, width, channels), uint8; none that the export has seen.
+        images: (count, height, width, channels), uint8, on which neither the repair nor the threshold was fitted.
         trojaned: (count,), bool: which of them carry the trigger.
 
     Raises:

@@ -89,7 +89,8 @@ class DriftCollector(Collector):
         """Yield `stripwire_entropy_drift` and of how many inputs; absent where there are too few, or no answer."""
         with self._lock:
             try:
-                answer = httpx.get(self._url, timeout=_TIMEOUT_SECONDS)
+                # The server is beside the monitor, or as near: a proxy that the environment names is not asked.
+                answer = httpx.get(self._url, timeout=_TIMEOUT_SECONDS, trust_env=False)
                 answer.raise_for_status()
                 distance, inputs = self._look(Snapshot.of(answer.text))
             except (httpx.HTTPError, ValueError, KeyError):

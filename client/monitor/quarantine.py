@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -21,7 +23,9 @@ from client.monitor.access import Access, answer
 from client.monitor.logs import log
 from client.monitor.record import TRUTHS, FeedbackRecord
 from detector.errors import DataError, RecordError
-from detector.quarantine import Rejected, quarantined, read_rejected, request_id_of
+from detector.quarantine import quarantined, read_about, read_rejected, request_id_of
+
+_T = TypeVar("_T")
 
 UNLABELLED = "unlabelled"
 MOST_LISTED = 1000
@@ -41,6 +45,9 @@ _HEADERS = {
 class QuarantineView:
     """Shows rejected inputs, and what people found out about them.
 
+    What is known of an input goes by its key, which no other has. Callers choose the ids of their requests: were it to
+    go by those, an input could be passed off as one that somebody has called clean.
+
     Args:
         folder: where `strip_verdict` keeps them, see `detector.quarantine`; there may be none yet.
         record: what is known of them.
@@ -50,48 +57,52 @@ class QuarantineView:
         self._folder = folder
         self._record = record
 
-    def all_keys(self) -> list[str]:
-        """Return the keys of all inputs, the newest first."""
-        try:
-            return quarantined(self._folder)
-        except OSError:  # the server makes it when it starts
-            return []
-
-    def truth(self, key: str) -> str | None:
-        """Return what an input really was; None where nobody has said.
+    def truths(self) -> dict[str, str | None]:
+        """Return what each input really was, by its key, the newest first; None where nobody has said.
 
         Raises:
-            RecordError: the record cannot be read.
+            RecordError: the record, or the folder, cannot be read.
         """
-        feedback = self._record.get(request_id_of(key))
-        return None if feedback is None else feedback.truth
+        try:
+            keys = quarantined(self._folder)
+        except FileNotFoundError:  # the server makes it when it starts
+            return {}
+        except OSError as error:
+            raise RecordError(
+                f"quarantine: {self._folder} cannot be read ({error.strerror}), expected a folder of the monitor's user"
+            ) from error
+        found = ((key, self._record.get(key)) for key in keys)
+        return {key: None if feedback is None else feedback.truth for key, feedback in found}
 
-    def listing(self, limit: int, labelled: bool) -> dict[str, Any]:
+    def listing(self, limit: int, labelled: bool, request_id: str | None = None) -> dict[str, Any]:
         """Return the newest inputs, and how many there are.
 
         Args:
             limit: the most inputs.
             labelled: also those of which somebody has said what they are.
+            request_id: those of this name alone; None for all.
 
         Raises:
-            RecordError: the record cannot be read.
+            RecordError: the record, or the folder, cannot be read.
         """
-        truths = {key: self.truth(key) for key in self.all_keys()}
-        unlabelled = sum(truth is None for truth in truths.values())
+        truths = self.truths()
         inputs: list[dict[str, Any]] = []
         for key, truth in truths.items():
             if len(inputs) == limit:
                 break
-            if (labelled or truth is None) and (rejected := self.read(key)) is not None:
-                about = {name: value for name, value in vars(rejected).items() if name != "image"}
-                inputs.append({"key": key, "truth": truth, "image_shape": rejected.image.shape, **about})
+            wanted = (labelled or truth is None) and request_id in (None, request_id_of(key))
+            if wanted and (about := self._read(read_about, key)) is not None:
+                bits = about.pop("entropy_bits")
+                told = bits if math.isfinite(bits) else None  # JSON knows no other
+                inputs.append({"key": key, "truth": truth, "entropy_bits": told, **about})
+        unlabelled = sum(truth is None for truth in truths.values())
         return {"kept": len(truths), "unlabelled": unlabelled, "inputs": inputs}
 
-    def read(self, key: str) -> Rejected | None:
-        """Return an input; None where it is there no more, or cannot be read, which is logged."""
+    def _read(self, read: Callable[[Path, str], _T | None], key: str) -> _T | None:
+        """Return what is read of an input; None where it is there no more, or cannot be read, which is logged."""
         try:
-            return read_rejected(self._folder, key)
-        except DataError as error:
+            return read(self._folder, key)
+        except (DataError, OSError) as error:
             log(logging.WARNING, "a rejected input cannot be read", key=key, why=str(error))
             return None
 
@@ -100,7 +111,7 @@ class QuarantineView:
 
         Of two channels, or more than four, the first is shown as grey.
         """
-        rejected = self.read(key)
+        rejected = self._read(read_rejected, key)
         if rejected is None:
             return None
         image = rejected.image
@@ -116,18 +127,19 @@ class QuarantineCollector(Collector):
         self._view = view
 
     def collect(self) -> Iterator[Metric]:
-        """Yield `stripwire_quarantine_inputs`; nothing where the record cannot be read."""
+        """Yield `stripwire_quarantine_inputs`; nothing where they cannot be read."""
         counts = dict.fromkeys((UNLABELLED, *TRUTHS), 0)
         try:
-            for key in self._view.all_keys():
-                counts[self._view.truth(key) or UNLABELLED] += 1
-        except RecordError:
+            for truth in self._view.truths().values():
+                counts[truth or UNLABELLED] += 1
+        except RecordError as error:
+            log(logging.WARNING, "the quarantine cannot be counted", why=str(error))
             return
         family = GaugeMetricFamily(
             "stripwire_quarantine_inputs", "Rejected inputs in the quarantine, by what they were.", labels=("truth",)
         )
-        for truth, count in counts.items():
-            family.add_metric((truth,), count)
+        for name, count in counts.items():
+            family.add_metric((name,), count)
         yield family
 
 
@@ -158,15 +170,16 @@ class QuarantineRoutes:
     async def _list(self, request: Request) -> Response:
         if (refusal := self._access.refusal(request)) is not None:
             return refusal
-        limit, labelled = (request.query_params.get(name, "") for name in ("limit", "labelled"))
-        if not (limit.isdecimal() and 1 <= int(limit) <= MOST_LISTED) and limit:
+        limit, labelled = (request.query_params.get(name, "")[:20] for name in ("limit", "labelled"))
+        if limit and not (re.fullmatch(r"[0-9]{1,4}", limit) and 1 <= int(limit) <= MOST_LISTED):
             return answer(422, error=f"limit: got {limit!r}, expected 1 to {MOST_LISTED}")
         if labelled not in ("true", "false", ""):
             return answer(422, error=f"labelled: got {labelled!r}, expected true or false")
+        asked = int(limit or MOST_LISTED), labelled != "false", request.query_params.get("request_id")
         try:
-            found = await run_in_threadpool(self._view.listing, int(limit or MOST_LISTED), labelled != "false")
+            found = await run_in_threadpool(self._view.listing, *asked)
         except RecordError as error:
-            log(logging.ERROR, "feedback could not be read", why=str(error))
+            log(logging.ERROR, "the quarantine could not be read", why=str(error))
             return answer(503, error=str(error))
         return answer(200, **found)
 

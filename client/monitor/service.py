@@ -23,7 +23,7 @@ from client.monitor.quarantine import QuarantineCollector, QuarantineView
 from client.monitor.record import FeedbackRecord
 from client.monitor.sender import CanarySender
 from client.monitor.settings import MonitorSettings
-from detector.errors import InputError
+from detector.errors import InputError, ServerError
 from samples.canaries import read_canaries
 
 _DRAIN_SECONDS = 10
@@ -39,6 +39,7 @@ def run_monitor(settings: MonitorSettings, find_control_token: Callable[[], str 
 
     Raises:
         InputError: canary file, record, address or an option cannot be used; nothing was started then.
+        ServerError: it failed by itself.
     """
     canaries = read_canaries(settings.canaries)
 
@@ -96,9 +97,18 @@ def run_monitor(settings: MonitorSettings, find_control_token: Callable[[], str 
             quarantine=settings.quarantine,
         )
         server = uvicorn.Server(config)
-        with _ended_by_signals(server), Watch(health, interval):
+        failures = []
+
+        def failed() -> None:
+            # A monitor that sends no canaries is of no use, and must not have the server started anew for it.
+            failures.append("the monitor failed, see its log")
+            server.should_exit = True
+
+        with _ended_by_signals(server), Watch(health, interval, failed):
             server.run(sockets=[listener])
     log(logging.INFO, "stopped")
+    if failures:
+        raise ServerError(failures[0])
 
 
 def _client(

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -96,7 +97,11 @@ class MonitorSettings(BaseSettings):
     @field_validator("metrics_url")
     @classmethod
     def _is_a_url(cls, url: str | None) -> str | None:
-        if url is not None and not re.fullmatch(r"https?://[^/\s]+/\S*", url):
+        try:
+            usable = url is None or (httpx.URL(url).scheme in ("http", "https") and httpx.URL(url).host != "")
+        except httpx.InvalidURL:
+            usable = False
+        if not usable:
             raise ValueError("a URL such as http://127.0.0.1:8002/metrics")
         return url
 

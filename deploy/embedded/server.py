@@ -29,6 +29,7 @@ from uuid import uuid4
 import psutil
 
 from deploy.embedded.control_file import write_control_token
+from deploy.embedded.launch import bound_to_us
 from detector.errors import InputError, ServerError, ServerStartError, SetupError
 from detector.quarantine import FOLDER_VARIABLE
 from detector.serving import CONTROL_KEY, MODES, SENTINEL
@@ -326,10 +327,7 @@ class EmbeddedTriton:
         # Triton starts its Python stubs by a command line in which a blank ends an argument.
         repository = work_folder / "repository"
         repository.symlink_to(self.repository, target_is_directory=True)
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("launch.py")),
-            str(os.getpid()),
+        command = bound_to_us(
             str(triton.executable),
             f"--model-repository={repository}",
             f"--backend-directory={backends}",
@@ -351,7 +349,7 @@ class EmbeddedTriton:
             f"--load-model={SENTINEL}",  # which a fused graph holds inside, where nobody can ask it
             f"--grpc-restricted-protocol={_RESTRICTED}={self.control_token}",
             f"--http-restricted-api={_RESTRICTED}={self.control_token}",
-        ]
+        )
         if self.mode != "block":
             command.append(f"--model-config-name={self.mode}")
         with (work_folder / "server.log").open("wb") as log:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import httpx
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
-from detector.errors import ServerStartError, SetupError
+from deploy.embedded.launch import bound_to_us
+from detector.errors import ServerError, ServerStartError, SetupError
 
 RULES = Path(__file__).with_name("rules.yaml")
 
@@ -76,16 +78,16 @@ class LocalPrometheus:
         (folder / "prometheus.yml").write_text(text, encoding="utf-8")
         if rules is not None:
             (folder / "rules.yaml").write_text(rules, encoding="utf-8")
-        self._http = httpx.Client(base_url=self.url, timeout=30)
+        self._http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> LocalPrometheus:
-        command = [self._program, "--config.file=prometheus.yml", "--storage.tsdb.path=data", "--log.level=warn"]
-        command.append(f"--web.listen-address={self.url.removeprefix('http://')}")
+        address = f"--web.listen-address={self.url.removeprefix('http://')}"
+        options = ["--config.file=prometheus.yml", "--storage.tsdb.path=data", "--log.level=warn", address]
         log = self._folder / "prometheus.log"
         with log.open("wb") as output:
             self._process = subprocess.Popen(  # noqa: S603  our own command line, no shell
-                command,
+                bound_to_us(self._program, *options),
                 cwd=self._folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -98,9 +100,11 @@ class LocalPrometheus:
             stop=stop_after_delay(_START_SECONDS),
             retry_error_callback=lambda _: None,
         )
-        if not soon(self._is_ready):
-            self.__exit__(None, None, None)
-            raise ServerStartError(f"prometheus did not start:\n{log.read_text(errors='replace')}")
+        with ExitStack() as undo:
+            undo.callback(self.__exit__, None, None, None)
+            if not soon(self._is_ready):
+                raise ServerStartError(f"prometheus did not start:\n{log.read_text(errors='replace')}")
+            undo.pop_all()
         return self
 
     def __exit__(
@@ -112,7 +116,11 @@ class LocalPrometheus:
             self._process.wait(timeout=60)
 
     def now(self, expression: str) -> Result:
-        """Return what an expression is at this moment; raises httpx.HTTPError where it cannot be asked."""
+        """Return what an expression is at this moment.
+
+        Raises:
+            ServerError: it does not answer, or not that question.
+        """
         return self._ask("query", query=expression)
 
     def over(self, expression: str, start: float, end: float, step: float) -> Result:
@@ -120,7 +128,10 @@ class LocalPrometheus:
         return self._ask("query_range", query=expression, start=start, end=end, step=step)
 
     def _ask(self, kind: str, **question: Any) -> Result:
-        answer = self._http.post(f"/api/v1/{kind}", data=question).raise_for_status().json()
+        try:
+            answer = self._http.post(f"/api/v1/{kind}", data=question).raise_for_status().json()
+        except httpx.HTTPError as error:
+            raise ServerError(f"prometheus at {self.url} does not answer {question['query']!r}: {error}") from error
         result: Result = answer["data"]["result"]
         return result
 

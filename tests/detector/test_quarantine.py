@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from detector.quarantine import (
     Quarantine,
     Rejected,
     quarantined,
+    read_about,
     read_rejected,
     request_id_of,
 )
@@ -110,12 +114,15 @@ def test_a_disk_that_fails_is_counted_and_may_recover(tmp_path: Path, capsys: py
 
 def test_what_a_killed_process_left_is_removed_and_what_is_not_ours_stays(tmp_path: Path) -> None:
     (tmp_path / ".partial-xyz").touch()
+    os.utime(tmp_path / ".partial-xyz", (1e9, 1e9))
+    (tmp_path / ".partial-new").touch()  # somebody else writes it just now
     (tmp_path / "notes.txt").write_text("mine")
     quarantine = Quarantine(tmp_path, most_inputs=1)
     quarantine.offer(rejected("a.0"))
     quarantine.offer(rejected("b.0"))
     quarantine.close()
-    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", f"{quarantined(tmp_path)[0]}.npz"}
+    kept = f"{quarantined(tmp_path)[0]}.npz"
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", ".partial-new", kept}
 
 
 def test_two_versions_share_a_folder(tmp_path: Path) -> None:
@@ -125,8 +132,9 @@ def test_two_versions_share_a_folder(tmp_path: Path) -> None:
         time.sleep(0.002)
     for each in both:
         each.close()
-    assert len(names(tmp_path)) <= 20
     assert sum(each.kept for each in both) == 30
+    Quarantine(tmp_path, most_inputs=20).close()  # what each learns of the other's within seconds
+    assert len(names(tmp_path)) == 20
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", None])
@@ -141,12 +149,84 @@ def test_a_damaged_file_is_told_by_its_name(tmp_path: Path, content: bytes | Non
         read_rejected(tmp_path, key)
 
 
-@pytest.mark.parametrize("key", ["../secret", "x", "00000000000000000001-..", "00000000000000000001-a/b", ""])
+@pytest.mark.parametrize(
+    "key", ["../00000000000000000001-s.0", "../secret", "x", "00000000000000000001-..", "00000000000000000001-a/b", ""]
+)
 def test_nothing_outside_the_folder_can_be_named(tmp_path: Path, key: str) -> None:
     folder = tmp_path / "quarantine"
     folder.mkdir()
-    np.savez(tmp_path / "secret.npz", image=np.zeros(SHAPE, np.uint8), about=np.array("{}"))
+    for name in ("secret", "00000000000000000001-s.0"):
+        (tmp_path / f"{name}.npz").write_bytes(b"not to be read")
     assert read_rejected(folder, key) is None
+    assert read_about(folder, key) is None
+
+
+def test_a_clock_that_is_set_back_makes_nothing_older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quarantine = Quarantine(tmp_path, most_inputs=3)
+    for number in range(3):
+        quarantine.offer(rejected(f"old.{number}"))
+    quarantine.close()
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now - 3600 * 10**9)
+    quarantine = Quarantine(tmp_path, most_inputs=3)
+    for number in range(3):
+        quarantine.offer(rejected(f"new.{number}"))
+    quarantine.close()
+    assert names(tmp_path) == ["new.2", "new.1", "new.0"]
+
+
+def test_a_burst_is_kept_and_not_only_its_beginning(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path, most_inputs=2000)
+    for number in range(1500):
+        quarantine.offer(rejected(f"before.{number}"))
+        while quarantine._waiting.full():
+            time.sleep(0.001)
+    started = time.monotonic()
+    for number in range(300):
+        quarantine.offer(rejected(f"a.{number}"))
+        while quarantine._waiting.full():
+            time.sleep(0.001)
+    # With the folder looked through for each, this takes seconds.
+    assert time.monotonic() - started < 2
+    quarantine.close()
+    assert quarantine.kept == 1800
+
+
+def test_whatever_fails_the_next_one_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quarantine = Quarantine(tmp_path)
+    monkeypatch.setattr("detector.quarantine.json.dumps", lambda _: None)
+    quarantine.offer(rejected("a.0"))
+    while not quarantine.dropped["failed"] and not quarantine.kept:
+        time.sleep(0.01)
+    monkeypatch.undo()
+    quarantine.offer(rejected("b.0"))
+    quarantine.close()
+    assert "b.0" in names(tmp_path)
+
+
+def test_a_disk_that_hangs_does_not_keep_the_server_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detector.quarantine._CLOSE_SECONDS", 0.2)
+    quarantine = Quarantine(tmp_path)
+    blocked = threading.Event()
+    monkeypatch.setattr(quarantine, "_write", lambda *_: blocked.wait())
+    for number in range(100):
+        quarantine.offer(rejected(f"a.{number}"))
+    started = time.monotonic()
+    quarantine.close()
+    assert time.monotonic() - started < 5
+    blocked.set()
+
+
+def test_what_is_no_number_is_kept_as_such(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path)
+    quarantine.offer(replace(rejected("a.0"), entropy_bits=math.nan))
+    quarantine.close()
+    (key,) = quarantined(tmp_path)
+    about = read_about(tmp_path, key)
+    assert about is not None
+    assert math.isnan(about["entropy_bits"])
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,15 @@ const $ = (id) => document.getElementById(id);
 const cards = new Map(); // by key: {input, element, mark, timer}
 let token = sessionStorage.getItem("stripwire-token") ?? "";
 let chosen = null;
-let lastMarked = null;
+let marked = []; // keys whose marks may be taken back, the last one at the end
 
 function ask(path, options = {}) {
   return fetch(path, { ...options, headers: { ...options.headers, Authorization: `Bearer ${token}` } });
 }
 
-function complain(text) {
-  $("trouble").textContent = text;
-  $("trouble").hidden = text === "";
+function complain(place, text) {
+  $(place).textContent = text;
+  $(place).hidden = text === "";
 }
 
 async function refresh() {
@@ -31,18 +31,18 @@ async function refresh() {
   try {
     answer = await ask(`v1/quarantine?limit=${MOST_SHOWN}&labelled=${$("labelled").checked}`);
   } catch {
-    complain("The monitor cannot be reached; marks that were not sent are kept here.");
+    complain("away", "The monitor cannot be reached; marks that were not sent are kept here.");
     return;
   }
   const found = await answer.json();
   const locked = answer.status === 401;
   $("ask").hidden = !locked;
   if (locked) {
-    complain(token === "" ? "" : "That is not the feedback token.");
+    complain("away", token === "" ? "" : "That is not the feedback token.");
     $("token").focus();
     return;
   }
-  complain(answer.ok ? "" : found.error);
+  complain("away", answer.ok ? "" : found.error);
   if (answer.ok) {
     show(found);
   }
@@ -67,6 +67,9 @@ function show(found) {
     } else {
       known.input = input;
       draw(known);
+      if (!known.element.querySelector("img").src) {
+        picture(known);
+      }
     }
   }
   if (chosen === null || !cards.has(chosen)) {
@@ -77,8 +80,8 @@ function show(found) {
 function add(input) {
   const element = $("card").content.cloneNode(true).firstElementChild;
   const card = { input, element };
-  element.querySelector(".verdict").textContent =
-    `class ${input.label}, ${input.entropy_bits.toPrecision(3)} bits, p = ${input.p_value.toPrecision(2)}`;
+  const bits = input.entropy_bits === null ? "no entropy" : `${input.entropy_bits.toPrecision(3)} bits`;
+  element.querySelector(".verdict").textContent = `class ${input.label}, ${bits}, p = ${input.p_value.toPrecision(2)}`;
   element.querySelector(".why").textContent = input.scores.map((score) => WHY[score] ?? score).join("; ");
   element.querySelector(".when").textContent =
     `${new Date(1000 * input.rejected_at).toLocaleString()}, version ${input.version}`;
@@ -96,9 +99,13 @@ function add(input) {
 }
 
 async function picture(card) {
-  const answer = await ask(`v1/quarantine/${encodeURIComponent(card.input.key)}.png`);
-  if (answer.ok) {
-    card.element.querySelector("img").src = URL.createObjectURL(await answer.blob());
+  try {
+    const answer = await ask(`v1/quarantine/${encodeURIComponent(card.input.key)}.png`);
+    if (answer.ok) {
+      card.element.querySelector("img").src = URL.createObjectURL(await answer.blob());
+    }
+  } catch {
+    // The next refresh tries again.
   }
 }
 
@@ -139,8 +146,9 @@ function mark(key, truth) {
     return;
   }
   card.mark = truth;
-  card.timer = setTimeout(() => send(card), UNDO_MILLISECONDS);
-  lastMarked = key;
+  later(card);
+  marked.push(key);
+  complain("unrecorded", "");
   draw(card);
   chooseUnmarked(key);
 }
@@ -156,21 +164,27 @@ function chooseUnmarked(from) {
   }
 }
 
+function later(card) {
+  card.timer = setTimeout(() => send(card), UNDO_MILLISECONDS);
+}
+
 function takeBack() {
-  const card = cards.get(lastMarked);
-  if (card?.timer === undefined) {
-    complain("There is nothing to take back: what was recorded stays.");
+  marked = marked.filter((key) => cards.get(key)?.timer !== undefined);
+  const key = marked.pop();
+  if (key === undefined) {
+    complain("unrecorded", "There is nothing to take back: what was recorded stays.");
     return;
   }
+  const card = cards.get(key);
   clearTimeout(card.timer);
   card.timer = card.mark = undefined;
   draw(card);
-  choose(lastMarked);
+  choose(key);
 }
 
 async function send(card, keepalive = false) {
   card.timer = undefined;
-  const feedback = { request_id: card.input.request_id, truth: card.mark, verdict: "rejected" };
+  const feedback = { request_id: card.input.key, truth: card.mark, verdict: "rejected" };
   try {
     const answer = await ask("v1/feedback", {
       method: "POST",
@@ -178,21 +192,31 @@ async function send(card, keepalive = false) {
       body: JSON.stringify(feedback),
       keepalive,
     });
+    const again = answer.status === 401 || answer.status === 503;
     if (answer.ok) {
       card.input.truth = card.mark;
     } else {
-      complain(`${card.input.request_id} was not recorded: ${(await answer.json()).error}`);
+      const what = again ? "is not recorded yet" : "was not recorded";
+      complain("unrecorded", `${card.input.request_id} ${what}: ${(await answer.json()).error}`);
     }
-    card.mark = undefined;
+    if (again) {
+      later(card);
+    } else {
+      card.mark = undefined;
+    }
   } catch {
-    complain("The monitor cannot be reached; marks that were not sent are kept here.");
-    card.timer = setTimeout(() => send(card), UNDO_MILLISECONDS);
+    complain("away", "The monitor cannot be reached; marks that were not sent are kept here.");
+    later(card);
   }
   draw(card);
 }
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input[type=password]")) {
+    return;
+  }
+  // A key that is held down must not mark one after another.
+  if (event.repeat && !event.key.startsWith("Arrow")) {
     return;
   }
   const act = {

@@ -128,6 +128,12 @@ def test_nobody_there_is_no_answer() -> None:
     assert asked(DriftCollector("http://127.0.0.1:1/metrics")) == {}
 
 
+def test_no_proxy_is_asked(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    page.show([0, 0, 0, 0], [0.1, 0.5, 0.9])
+    assert asked(DriftCollector(page.url)) == {"stripwire_entropy_drift_inputs": 0}
+
+
 def test_a_real_server_is_understood(ensemble: EmbeddedTriton) -> None:
     clock = Clock()
     collector = DriftCollector(f"http://{ensemble.metrics_address}/metrics", clock=clock)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,12 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from client.api import GuardedClient
+from client.monitor.quarantine import QuarantineCollector, QuarantineView
+from client.monitor.record import FeedbackRecord
 from client.quarantine import QuarantineClient
 from deploy.embedded.server import EmbeddedTriton
-from detector.errors import AccessDeniedError, InputError, ServerError
-from detector.quarantine import FOLDER_VARIABLE, quarantined
+from detector.errors import AccessDeniedError, InputError, RecordError, ServerError
+from detector.quarantine import FOLDER_VARIABLE, Quarantine, Rejected, quarantined
 from tests.client.monitor.conftest import ROOT, SHAPE, TOKEN, Monitor, monitoring, parsed, serving, wait_for
 from tests.conftest import skip_or_fail
 
@@ -100,10 +105,11 @@ def test_what_was_rejected_is_listed_shown_and_labelled(watched: Watched) -> Non
 
     wait_for(lambda: len(quarantined(watched.folder)) == 6)
     with QuarantineClient(watched.url, TOKEN) as quarantine:
-        assert quarantine.label(f"{watched.name}.1", "trojaned")
-        assert not quarantine.label(f"{watched.name}.1", "trojaned")
+        key = quarantine.find(f"{watched.name}.1")["key"]
+        assert quarantine.label(key, "trojaned")
+        assert not quarantine.label(key, "trojaned")
         with pytest.raises(InputError, match="in the record, which stays"):
-            quarantine.label(f"{watched.name}.1", "clean")
+            quarantine.label(key, "clean")
     assert watched.listing(labelled="false")["unlabelled"] == 5
     assert watched.monitor.metric("stripwire_feedback_total", truth="trojaned", verdict="rejected") == 1
     assert watched.monitor.metric("stripwire_quarantine_inputs", truth="unlabelled") == 5
@@ -128,7 +134,7 @@ def test_the_command_lists_shows_and_labels(watched: Watched, tmp_path: Path) ->
     one, two = (f"{watched.name}.{row}" for row in (1, 2))
     picture = tmp_path / "input.png"
     shown = run(watched, "show", one, "--output", str(picture))
-    assert json.loads(shown.stdout)["image_shape"] == list(SHAPE)
+    assert json.loads(shown.stdout)["request_id"] == one
     np.testing.assert_array_equal(np.asarray(Image.open(picture)), IMAGES[1])
     again = run(watched, "show", one, "--output", str(picture))
     assert (again.returncode, "exists" in again.stderr) == (2, True)
@@ -143,6 +149,92 @@ def test_the_command_lists_shows_and_labels(watched: Watched, tmp_path: Path) ->
     ]
     conflict = run(watched, "label", "trojaned", one)
     assert (conflict.returncode, "Traceback" in conflict.stderr) == (2, False)
+
+
+@pytest.mark.parametrize("watched", ["fused"], indirect=True)
+def test_an_id_that_is_used_again_names_another_input(watched: Watched) -> None:
+    with QuarantineClient(watched.url, TOKEN) as quarantine:
+        first = quarantine.find(f"{watched.name}.0")
+        assert quarantine.label(first["key"], "clean")
+        # Nor does what somebody says of the request speak for the input.
+        feedback = {"request_id": f"{watched.name}.0", "truth": "clean", "verdict": "rejected"}
+        assert watched.monitor.give(**feedback).status_code == 201
+        watched.send(IMAGES[1:2], watched.name)
+        wait_for(lambda: len(quarantined(watched.folder)) == 4)
+        second = quarantine.find(f"{watched.name}.0")
+        assert second["key"] != first["key"]
+        assert second["truth"] is None
+        assert quarantine.label(second["key"], "trojaned")
+
+
+def test_what_is_no_number_can_be_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "quarantine"
+    writer = Quarantine(folder)
+    writer.offer(Rejected("a.0", IMAGES[0], 1, math.nan, 0.0, ("not_finite",), "1", 1e9))
+    writer.close()
+    with FeedbackRecord(tmp_path / "record.sqlite") as record:
+        found = QuarantineView(folder, record).listing(10, labelled=True)
+        assert json.loads(json.dumps(found, allow_nan=False))["inputs"][0]["entropy_bits"] is None
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> None:
+    with FeedbackRecord(tmp_path / "record.sqlite") as record:
+        assert QuarantineView(tmp_path / "not yet", record).listing(10, labelled=True)["kept"] == 0
+        (tmp_path / "a file").touch()
+        with pytest.raises(RecordError, match="cannot be read"):
+            QuarantineView(tmp_path / "a file", record).listing(10, labelled=True)
+        assert list(QuarantineCollector(QuarantineView(tmp_path / "a file", record)).collect()) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "token", "message"),
+    [
+        ("http://[::1", TOKEN, "expected a URL"),
+        ("http://127.0.0.1:port", TOKEN, "expected a URL"),
+        ("ftp://127.0.0.1", TOKEN, "expected a URL"),
+        ("http://127.0.0.1:8003", "tökén", "printable ASCII"),
+        ("http://127.0.0.1:8003", None, "got none"),
+        ("http://example.org:8003", TOKEN, "another machine"),
+    ],
+)
+def test_an_address_or_token_that_cannot_be_used_is_told(url: str, token: str | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        QuarantineClient(url, token)
+
+
+def test_no_proxy_sees_the_token(canary_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
+    with monitoring(canary_file, "127.0.0.1:1", "--quarantine", tmp_path) as monitor:
+        for host in ("127.0.0.1", "localhost"):
+            url = f"http://{host}:{monitor.http.base_url.port}"
+            with QuarantineClient(url, TOKEN) as client:
+                assert client.listing()["kept"] == 0
+
+
+def test_what_is_no_monitor_is_told(page_of_nothing: str) -> None:
+    with pytest.raises(ServerError, match="answers no JSON"), QuarantineClient(page_of_nothing, TOKEN) as client:
+        client.listing()
+
+
+@pytest.fixture
+def page_of_nothing() -> Iterator[str]:
+    """Yield the URL of a server that answers everything with an empty page."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 @pytest.mark.parametrize("watched", ["fused"], indirect=True)
@@ -165,6 +257,7 @@ def test_nobody_without_the_token_or_from_another_site_gets_in(watched: Watched)
     for path, status in (
         ("/v1/quarantine?limit=0", 422),
         ("/v1/quarantine?limit=many", 422),
+        (f"/v1/quarantine?limit={'9' * 5000}", 422),
         ("/v1/quarantine?labelled=2", 422),
         ("/v1/quarantine/..%2Fsecret.png", 404),
         ("/v1/quarantine/00000000000000000001-gone.0.png", 404),
@@ -219,7 +312,7 @@ def page(browser: Browser, watched: Watched) -> Iterator[Page]:
     opened.goto(f"{watched.url}/quarantine")
     opened.get_by_label("Feedback token").fill("wrong")
     opened.keyboard.press("Enter")
-    expect(opened.get_by_role("alert")).to_have_text("That is not the feedback token.")
+    expect(opened.locator("#away")).to_have_text("That is not the feedback token.")
     opened.get_by_label("Feedback token").fill(TOKEN)
     opened.keyboard.press("Enter")
     expect(opened.locator("article")).to_have_count(3)
@@ -229,8 +322,9 @@ def page(browser: Browser, watched: Watched) -> Iterator[Page]:
 
 
 def known(watched: Watched, row: int) -> str | None:
-    answer = watched.monitor.http.get(f"/v1/feedback/{watched.name}.{row}", headers=bearer())
-    return answer.json()["truth"] if answer.status_code == 200 else None
+    found = {about["request_id"]: about["truth"] for about in watched.listing()["inputs"]}
+    truth: str | None = found[f"{watched.name}.{row}"]
+    return truth
 
 
 @pytest.mark.parametrize("watched", ["fused"], indirect=True)
@@ -243,7 +337,10 @@ def test_the_page_shows_inputs_and_labels_them_by_one_key(watched: Watched, page
     page.keyboard.press("t")  # and on to the next
     expect(page.locator("article.chosen .id")).to_have_text(f"{watched.name}.1")
     page.keyboard.press("c")
+    page.keyboard.press("c")
     page.keyboard.press("z")
+    page.keyboard.press("z")
+    expect(page.locator("article.chosen .id")).to_have_text(f"{watched.name}.1")  # marked before the last
     page.keyboard.press("ArrowRight")
     page.keyboard.press("c")
     wait_for(lambda: known(watched, 0) == "clean")
@@ -252,6 +349,31 @@ def test_the_page_shows_inputs_and_labels_them_by_one_key(watched: Watched, page
     expect(page.locator("article")).to_have_count(1, timeout=15_000)  # it looks again every five seconds
     watched.send(IMAGES[:1], "later")
     expect(page.locator("article .id").last).to_have_text("later.0", timeout=15_000)
+
+
+@pytest.mark.parametrize("watched", ["fused"], indirect=True)
+def test_a_key_that_is_held_down_marks_one_input(watched: Watched, page: Page) -> None:
+    for _ in range(6):  # the first is a press, the others are repeats
+        page.keyboard.down("c")
+    page.keyboard.up("c")
+    wait_for(lambda: known(watched, 2) == "clean")
+    assert (known(watched, 1), known(watched, 0)) == (None, None)
+
+
+@pytest.mark.parametrize("watched", ["fused"], indirect=True)
+def test_what_was_not_recorded_is_said_until_it_is_read(watched: Watched, page: Page) -> None:
+    (key, *_) = quarantined(watched.folder)
+    assert watched.monitor.give(request_id=key, truth="clean", verdict="rejected").status_code == 201
+    page.keyboard.press("t")
+    expect(page.locator("#unrecorded")).to_contain_text("was not recorded", timeout=15_000)
+    page.wait_for_timeout(6000)  # it looks again meanwhile
+    expect(page.locator("#unrecorded")).to_contain_text("was not recorded")
+    # A refusal that may pass keeps the mark.
+    page.route("**/v1/feedback", lambda route: route.fulfill(status=503, json={"error": "the disk is full"}))
+    page.locator("article", has_text=f"{watched.name}.0").get_by_role("button", name="trojaned").click()
+    expect(page.locator("#unrecorded")).to_contain_text("is not recorded yet: the disk is full", timeout=15_000)
+    page.unroute("**/v1/feedback")
+    wait_for(lambda: known(watched, 0) == "trojaned")
 
 
 @pytest.mark.parametrize("watched", ["fused"], indirect=True)
@@ -265,7 +387,7 @@ def test_a_mark_is_sent_when_the_page_is_left_and_kept_while_the_monitor_is_away
     page.route("**/v1/**", lambda route: route.abort())
     page.locator("article", has_text=f"{watched.name}.1").click()
     page.keyboard.press("c")
-    expect(page.get_by_role("alert")).to_contain_text("cannot be reached", timeout=15_000)
+    expect(page.locator("#away")).to_contain_text("cannot be reached", timeout=15_000)
     page.unroute("**/v1/**")
     wait_for(lambda: known(watched, 1) == "clean")
 
