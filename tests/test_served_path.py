@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -175,16 +176,22 @@ def test_a_server_that_was_started_anew_is_told_of_the_shared_memory_again(serve
         def ask(call: Any) -> Any:
             return client.ask("guarded", call)
 
+        def steps(call: Any) -> Generator[Any, Any, Any]:
+            yield from ()
+            return ask(call)
+
         def registered() -> int:
             return len(ask(lambda triton, **options: triton.get_system_shared_memory_status(**options)).regions)
 
-        with SharedBatches(ask, 2, 100) as shared:
-            shared.register()  # which it was already
+        with SharedBatches(steps, 2, 100) as shared:
+            list(shared.register())
+            list(shared.register())  # which it was already
             assert registered() == 1
             ask(lambda triton, **options: triton.unregister_system_shared_memory("", **options))
             assert registered() == 0
-            shared.register()
+            list(shared.register())
             assert registered() == 1
+            list(shared.unregister())
         assert registered() == 0
 
 
