@@ -247,11 +247,13 @@ class ClientCore:
 
     def ask(self, model: str, call: Callable[..., Any]) -> Steps[Any]:
         """Return `call(triton, headers=…, client_timeout=…)`."""
+        return self._counted(self._ask_again(model, call))
 
+    def _ask_again(self, model: str, call: Callable[..., Any]) -> Steps[Any]:
         def attempt(seconds_left: float) -> Steps[Any]:
             return (yield self._ask(call, seconds_left))
 
-        return (yield from self._retrying(model, attempt))
+        return self._retrying(model, attempt)
 
     def _ask(self, call: Callable[..., Any], seconds: float) -> Any:
         return self._transport.ask(call, headers=self._headers(), client_timeout=seconds)
@@ -273,13 +275,15 @@ class ClientCore:
     ) -> Steps[list[NDArray[Any]]]:
         """Have the requests' images in shared memory, in as many slots as there are requests at once."""
         slots = min(self._options.window, len(batches))
-        with SharedBatches(lambda call: self.ask(batches.about.model, call), slots, batches.most_bytes) as shared:
-            yield from shared.register()
+        with SharedBatches(
+            lambda call: self._ask_again(batches.about.model, call), slots, batches.most_bytes
+        ) as shared:
+            yield from self._counted(shared.register())
             try:
                 requests = batches.requests(shared.place, outputs, parameters)
                 return (yield from self._exchange(batches, requests, outputs, on_progress, shared.register))
             finally:
-                yield from shared.unregister()
+                yield from shared.unregister(self._transport.sleep)
 
     def _exchange(
         self,
@@ -341,18 +345,12 @@ class ClientCore:
             self._metrics.seconds.observe(came_at - sent.since)
             return tensors
 
-        return (yield from self._retrying(request.model, attempt))
+        return self._counted(self._retrying(request.model, attempt))
 
-    def _retrying(self, model: str, attempt: Callable[[float], Steps[_T]]) -> Steps[_T]:
-        """Take the steps of `attempt(seconds_left)` again while the server is unavailable and there is time."""
-        self._check_open()
+    def _counted(self, steps: Steps[_T]) -> Steps[_T]:
         outcome = "cancelled"
         try:
-            answer = yield from self._attempts(attempt)
-        except InferenceServerException as error:
-            ours = self._translated(error, model)
-            outcome = outcome_of(ours)
-            raise ours from error
+            answer = yield from steps
         except Exception as error:
             outcome = outcome_of(error)
             raise
@@ -361,6 +359,14 @@ class ClientCore:
             return answer
         finally:
             self._metrics.requests.labels(outcome).inc()
+
+    def _retrying(self, model: str, attempt: Callable[[float], Steps[_T]]) -> Steps[_T]:
+        """Take the steps of `attempt(seconds_left)` again while the server is unavailable and there is time."""
+        self._check_open()
+        try:
+            return (yield from self._attempts(attempt))
+        except InferenceServerException as error:
+            raise self._translated(error, model) from error
 
     def _attempts(self, attempt: Callable[[float], Steps[_T]]) -> Steps[_T]:
         give_up_at = time.monotonic() + self._options.timeout_seconds

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator
-from contextlib import suppress
 from multiprocessing.shared_memory import SharedMemory
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,10 @@ from detector.errors import InputError, ServerError, ServerUnavailableError
 
 Ask = Callable[[Callable[..., Any]], Generator[Any, Any, Any]]
 """The steps to `call(triton, headers=…, client_timeout=…)`, with errors translated; see `client.core`."""
+
+_IN_USE = "currently in use"  # what Triton says while a request reads it
+_POLL_SECONDS = 0.05
+_LONGEST_REQUEST_SECONDS = 10.0
 
 
 class SharedBatches:
@@ -74,12 +78,23 @@ class SharedBatches:
                 "host only with its IPC namespace"
             ) from error
 
-    def unregister(self) -> Generator[Any, Any, None]:
-        """Have the server forget the memory."""
-        with suppress(ServerError):  # a server that is gone, or went meanwhile, holds nothing
-            yield from self._ask(
-                lambda triton, **options: triton.unregister_system_shared_memory(self._memory.name, **options)
-            )
+    def unregister(self, pause: Callable[[float], Any]) -> Generator[Any, Any, None]:
+        """Have the server forget the memory, which it does when no request reads it any more, a cancelled one included.
+
+        Args:
+            pause: waits that many seconds.
+        """
+        name = self._memory.name
+        give_up_at = time.monotonic() + _LONGEST_REQUEST_SECONDS
+        while time.monotonic() < give_up_at:
+            try:
+                yield from self._ask(lambda triton, **options: triton.unregister_system_shared_memory(name, **options))
+            except ServerError as error:
+                if _IN_USE not in str(error):
+                    return  # a server that is gone, or went meanwhile, holds nothing
+            else:
+                return
+            yield pause(_POLL_SECONDS)
 
     def place(self, images: NDArray[np.uint8]) -> InferInput:
         """Put the next batch into its slot and return what stands for it in the request.
