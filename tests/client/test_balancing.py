@@ -291,9 +291,7 @@ def test_a_server_that_is_killed_or_stopped_under_load_costs_no_request(
         addresses = [running.grpc_address for running in (server, second)]
         client = stack.enter_context(connect(f"ipv4:{','.join(addresses)}", registry=registry))
         load = stack.enter_context(Load(client, images))
-        load.goes_on()
-        assert inferences(server) > before
-        assert inferences(second) > 0
+        wait_for(lambda: inferences(server) > before and inferences(second) > 0)
 
         psutil.Process(second.process_id).send_signal(signal.SIGKILL)
         load.goes_on()
