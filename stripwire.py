@@ -890,7 +890,6 @@ def monitor(
     Whatever is not given is taken from the environment: --canaries-per-minute from STRIPWIRE_CANARIES_PER_MINUTE, and
     so on; --timeout, --reload-timeout and --dead-after from STRIPWIRE_TIMEOUT_SECONDS, and so on.
     """
-    from client.api import is_loopback
     from client.monitor.logs import configure_logs
     from client.monitor.service import run_monitor
     from client.monitor.settings import read_settings
@@ -918,8 +917,10 @@ def monitor(
     )
     settings = settings.model_copy(update={"canaries": find_canaries(settings.canaries)})
 
+    is_local = is_one_local_server(settings.url)
+
     def find_control_token() -> str | None:
-        return read_control_token(settings.url.rpartition(":")[2]) if is_loopback(settings.url) else None
+        return read_control_token(settings.url.rpartition(":")[2]) if is_local else None
 
     configure_logs()
     run_monitor(settings, find_control_token)
@@ -1182,17 +1183,27 @@ def controlled(
     if url is None:
         yield None
         return
-    from client.api import is_loopback
     from client.control import ModelControl, control_headers
     from deploy.embedded.control_file import read_control_token
 
-    if control_token is None and is_loopback(url):
+    is_local = is_one_local_server(url)
+    if control_token is None and is_local:
         control_token = read_control_token(url.rpartition(":")[2])
     headers = control_headers(control_token)
     with connect(url, timeout, token, tls, ca, key, certificate, headers) as client:
         control = ModelControl(client)
         control.check_access()
         yield control
+
+
+def is_one_local_server(url: str) -> bool:
+    """Say whether `url` is on this machine; InputError where it may be several servers, which would take turns."""
+    from client.connection import read_target
+
+    target = read_target(url)
+    if target.is_balanced:
+        raise InputError(f"url: {url} may be several servers, expected host:port of one")
+    return target.is_local
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def test_classify_prints_a_row_for_each_image(
     assert run(monkeypatch, "classify", *files, "--url", server.grpc_address, "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [sorted(row) for row in rows] == [
-        ["entropy_bits", "label", "name", "p_value", "perturbations", "trojaned"]
+        ["entropy_bits", "label", "name", "p_value", "perturbations", "request_id", "trojaned"]
     ] * 3
     assert rows[0]["entropy_bits"] == pytest.approx(rows[1]["entropy_bits"], abs=1e-5)
 
@@ -230,6 +230,8 @@ def test_a_mistake_ends_in_one_message_and_no_traceback(
             *("--threshold-bits", "0.2", "--target-frr", "0.1"),
         ): "target FRR: got 0.1 and a threshold of 0.2 bits, expected one of them",
         ("serve", str(tmp_path), "--http-port", "70000"): "HTTP port: got 70000",
+        ("reload", str(tmp_path), "--url", "dns:///triton:8001"): "url: dns:///triton:8001 may be several servers",
+        ("monitor", "--canaries", str(text), "--url", "ipv4:127.0.0.1:1,127.0.0.1:2"): "may be several servers",
     }
     for arguments, message in cases.items():
         assert run(monkeypatch, *arguments) != 0
@@ -331,7 +333,8 @@ def test_the_exit_status_tells_what_cannot_be_used_from_what_fails(
 def test_a_missing_extra_is_named_with_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.delitem(sys.modules, "client.api", raising=False)
+    for module in ("client.api", "client.core"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "tenacity", None)
     (tmp_path / "face.png").touch()
     assert run(monkeypatch, "classify", tmp_path / "face.png") == 1
