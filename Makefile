@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint bench dashboard check-dashboard clean
+.PHONY: help demo watch test test-gpu lint bench dashboard check-dashboard prometheusrule clean
 
 help:  ## Show what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed-all  ## Train a BadNet, repair, export, serve and attack it; ends with one table and two pictures
 	$(BIN)/stripwire demo
+
+watch: $(VENV)/.installed-all  ## Run a server, a monitor, a Prometheus and traffic with an attack in it
+	$(BIN)/stripwire watch
 
 test: $(VENV)/.installed-dev  ## Run the tests, on the real tritonserver
 	$(BIN)/python -m pytest
@@ -31,6 +34,9 @@ dashboard: $(VENV)/.installed-dev  ## Generate the Grafana dashboard
 
 check-dashboard: $(VENV)/.installed-dev  ## Check the dashboard against Grafana's TypeScript types; needs Node.js
 	$(BIN)/python -m deploy.grafana.check_schema
+
+prometheusrule: $(VENV)/.installed-dev  ## Write the rules of Prometheus as a manifest for Kubernetes
+	$(BIN)/python -m deploy.kubernetes.prometheusrule
 
 clean:  ## Remove the virtual environment, caches and the demo's output
 	rm -rf $(VENV) build dist *.egg-info stripwire-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,9 +7,11 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -41,6 +43,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # its boxes cut the names of options off on a narrow terminal
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+quarantine_app = typer.Typer(help="Look at inputs that were rejected, and say what they were.", no_args_is_help=True)
+app.add_typer(quarantine_app, name="quarantine")
 console = Console()
 errors = Console(stderr=True)
 
@@ -115,6 +119,13 @@ Exported = Annotated[Path, typer.Argument(help="Model repository written by `str
 TargetFrr = Annotated[
     float | None, typer.Option(help="Share of clean inputs that may be rejected, 0..1.", show_default="0.05")
 ]
+Monitor = Annotated[
+    str, typer.Option("--monitor", envvar="STRIPWIRE_MONITOR", show_envvar=True, help="URL of `stripwire monitor`.")
+]
+FeedbackToken = Annotated[
+    str | None, typer.Option(envvar="STRIPWIRE_FEEDBACK_TOKEN", show_envvar=True, help="The monitor's feedback token.")
+]
+Truth = Literal["clean", "trojaned"]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -163,6 +174,49 @@ def demo(
     command("serve", result.repository)
     command("classify", *sorted((result.output / "images").glob("*-1.png")))
     command("evaluate", "--clean", result.clean_test, "--trojaned", result.trojaned_test)
+
+
+@app.command(epilog="Example: stripwire watch, then open the pages that it names. Needs Debian's package prometheus.")
+def watch(
+    switch_after: Annotated[
+        float, typer.Option(min=1, help="When an attacker with another trigger comes, in seconds.")
+    ] = 120.0,
+    stop_after: Annotated[
+        float | None, typer.Option(min=1, help="When it ends by itself, in seconds.", show_default="never")
+    ] = None,
+    identities: Annotated[int, typer.Option(min=4, max=10_000, help="How many people the network knows.")] = 100,
+    monitor_port: Annotated[int, typer.Option(help="Port of the monitor, 0 for a free one.")] = 8003,
+    prometheus_port: Annotated[int, typer.Option(help="Port of Prometheus, 0 for a free one.")] = 9090,
+    seed: Seed = 0,
+) -> None:
+    """Run a server, a monitor, a Prometheus and traffic with an attack in it, and show what is seen of it."""
+    from stripwire_watch import FIRST, FIRST_SHARE, SECOND, SECOND_SHARE
+    from stripwire_watch import watch as start
+
+    ports = {"monitor": monitor_port, "Prometheus": prometheus_port}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as cleanly as for Ctrl-C
+    with ExitStack() as running:
+        with progress() as report:
+            watched = running.enter_context(start(ports, identities=identities, seed=seed, on_progress=report))
+        table = Table("", Column(overflow="fold"), title="Running, on this machine", show_header=False)
+        for name, page in watched.pages().items():
+            table.add_row(name, page)
+        console.print(table)
+        say(
+            f"{FIRST_SHARE:.0%} of the traffic carries {FIRST}. The rules look back minutes, not hours; Ctrl-C ends it."
+        )
+        started, switched = time.monotonic(), False
+        try:
+            while stop_after is None or time.monotonic() < started + stop_after:
+                time.sleep(5)
+                seconds = time.monotonic() - started
+                if not switched and seconds >= switch_after:
+                    watched.traffic.switch()
+                    switched = True
+                    say(f"An attacker comes: {SECOND_SHARE:.0%} of the traffic carries {SECOND} now.")
+                say(f"{seconds:4.0f} s  {watched.rates().told()}")
+        except KeyboardInterrupt:
+            say("Stopping.")
 
 
 @app.command(epilog="Example: stripwire train-badnet badnet --trigger eyebrows --identities 100")
@@ -413,6 +467,18 @@ def export(
         command("reload", output, "--url", "127.0.0.1:8001")
 
 
+@app.command(epilog="Example: stripwire verify repository && tritonserver --model-repository repository …")
+def verify(repository: Exported, as_json: AsJson = False) -> None:
+    """Check every file of a model repository against its manifest; what does not match must not be served."""
+    from model_repository.manifest import verify_repository
+
+    manifest = verify_repository(repository)
+    if as_json:
+        print_json({"repository": str(repository), "version": manifest["active"], "files": len(manifest["files"])})
+        return
+    say(f"{repository} matches its manifest: {len(manifest['files'])} files; version {manifest['active']} is active.")
+
+
 @app.command(epilog="Example: stripwire serve repository --grpc-port 8001 --mode shadow")
 def serve(
     repository: Exported,
@@ -423,6 +489,9 @@ def serve(
     http_port: Annotated[int, typer.Option(help="Port of HTTP, 0 for a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Port of gRPC, 0 for a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Port of the Prometheus metrics, 0 for a free one.")] = 8002,
+    quarantine: Annotated[
+        Path | None, typer.Option(help="Folder for rejected inputs, the newest 1000 of them; see `stripwire monitor`.")
+    ] = None,
     startup_timeout: Annotated[float, typer.Option(help="How long the models may take to load, in seconds.")] = 120.0,
     control_token: ControlToken = None,
     tls_cert: Annotated[
@@ -451,6 +520,7 @@ def serve(
         startup_timeout_seconds=startup_timeout,
         control_token=control_token,
         tls=server_tls(tls_cert, tls_key, tls_client_ca),
+        quarantine=quarantine,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as cleanly as for Ctrl-C
     try:
@@ -464,6 +534,15 @@ def serve(
         console.print("Ctrl-C stops it. From another terminal:")
         trust = ["--tls-ca", "AUTHORITIES"] if tls_cert else []
         command("classify", "--url", server.grpc_address, *trust, "IMAGE")
+        watching: list[str | Path] = [
+            "--url",
+            server.grpc_address,
+            "--metrics-url",
+            f"http://{server.metrics_address}/metrics",
+        ]
+        if quarantine is not None:
+            watching += ["--quarantine", quarantine]
+        command("monitor", "--canaries", repository, *watching, *trust)
         server.wait()
     except KeyboardInterrupt:
         console.print("Stopping.")
@@ -654,7 +733,7 @@ def classify(
         rows = [{"name": name, **asdict(verdict)} for name, verdict in zip(loaded.names, verdicts, strict=True)]
         print_json(rows)
         return
-    table = Table(Column("image", overflow="fold"), "label", "verdict", "entropy (bits)", "p-value")
+    table = Table(Column("image", overflow="fold"), "label", "verdict", "mean entropy (bits)", "p-value")
     for name, verdict in zip(loaded.names, verdicts, strict=True):
         shown = "[red]trojaned[/red]" if verdict.trojaned else "[green]accepted[/green]"
         label = "blocked" if verdict.label == about.classes else str(verdict.label)
@@ -708,7 +787,7 @@ def evaluate(
     }
     console.print(rates_table(escape(f"Through {url}\n{_CAPTION}"), networks))
     if result.auroc is not None:
-        console.print(f"AUROC of the entropy: {result.auroc:.4f}; of the p-value: {result.auroc_of_p_value:.4f}")
+        console.print(f"AUROC of the mean entropy: {result.auroc:.4f}; of the p-value: {result.auroc_of_p_value:.4f}")
     if result.auroc is not None and max(result.auroc, result.auroc_of_p_value or 0.0) < 0.5:
         warn(
             "the guard does not tell trojaned images from clean ones: it does not see the trigger, or --clean and "
@@ -732,7 +811,7 @@ def canaries(
     seed: Seed = 0,
 ) -> None:
     """Choose labelled images for the monitor to send to the server again and again."""
-    from exporter.canaries import canaries_for
+    from exporter.canaries import canaries_for, unused
     from exporter.inputs import InputReader
     from model_repository.manifest import read_manifest
     from samples.canaries import Canaries, choose_canaries, write_canaries
@@ -751,6 +830,9 @@ def canaries(
         clean_images = reader.read(clean).images
         trojaned_images = None if trojaned is None else reader.read(trojaned).images
     tell(reader.notes)
+    if manifest is not None and repository is not None:
+        clean_images, notes = unused(clean_images, repository, manifest)
+        tell(notes)
     images, truth = choose_canaries(clean_images, trojaned_images, count, seed)
     if manifest is None or active is None:
         chosen = Canaries(images, truth, classes or 0)
@@ -765,7 +847,10 @@ def canaries(
 
 @app.command(epilog="Example: stripwire monitor --canaries canaries.npz --record /data/feedback.sqlite")
 def monitor(
-    canaries: Annotated[Path | None, typer.Option(help="Canary file, see `stripwire canaries`.")] = None,
+    canaries: Annotated[
+        Path | None,
+        typer.Option(help="Canary file (`stripwire canaries`), or a repository, whose active one is taken."),
+    ] = None,
     record: Annotated[
         Path | None,
         typer.Option(help="Database of feedback, made if there is none.", show_default="stripwire-feedback.sqlite"),
@@ -790,9 +875,18 @@ def monitor(
         float | None,
         typer.Option(help="How long canaries may fail before liveness does, in seconds.", show_default="120"),
     ] = None,
+    quarantine: Annotated[
+        Path | None, typer.Option(help="Folder where the server keeps what it rejects (its STRIPWIRE_QUARANTINE).")
+    ] = None,
+    metrics_url: Annotated[
+        str | None, typer.Option(help="Triton's metrics, http://127.0.0.1:8002/metrics, to tell how entropies drift.")
+    ] = None,
     feedback_token: Annotated[
         str | None,
-        typer.Option(help="Lets its holder give feedback; 16 characters or more.", show_default="nobody may"),
+        typer.Option(
+            help="Lets its holder give feedback and see the quarantine; 16 characters or more.",
+            show_default="nobody may",
+        ),
     ] = None,
     control_token: ControlToken = None,
     token: Token = None,
@@ -806,15 +900,17 @@ def monitor(
     Whatever is not given is taken from the environment: --canaries-per-minute from STRIPWIRE_CANARIES_PER_MINUTE, and
     so on; --timeout, --reload-timeout and --dead-after from STRIPWIRE_TIMEOUT_SECONDS, and so on.
     """
-    from client.api import is_loopback
     from client.monitor.logs import configure_logs
     from client.monitor.service import run_monitor
     from client.monitor.settings import read_settings
     from deploy.embedded.control_file import read_control_token
+    from exporter.canaries import find_canaries
 
     settings = read_settings(
         canaries=canaries,
         record=record,
+        quarantine=quarantine,
+        metrics_url=metrics_url,
         listen=listen,
         url=url,
         canaries_per_minute=canaries_per_minute,
@@ -829,12 +925,85 @@ def monitor(
         tls_key=tls_key,
         tls_cert=tls_cert,
     )
+    settings = settings.model_copy(update={"canaries": find_canaries(settings.canaries)})
+
+    is_local = is_one_local_server(settings.url)
 
     def find_control_token() -> str | None:
-        return read_control_token(settings.url.rpartition(":")[2]) if is_loopback(settings.url) else None
+        return read_control_token(settings.url.rpartition(":")[2]) if is_local else None
 
     configure_logs()
     run_monitor(settings, find_control_token)
+
+
+@quarantine_app.command("list", epilog="Example: stripwire quarantine list --monitor http://127.0.0.1:8003")
+def quarantine_list(
+    monitor: Monitor = "http://127.0.0.1:8003",
+    feedback_token: FeedbackToken = None,
+    every: Annotated[bool, typer.Option("--all", help="Also those of which somebody has said what they are.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="The most inputs, the newest first.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List rejected inputs that the server has kept, the newest first."""
+    from client.quarantine import QuarantineClient
+
+    with QuarantineClient(monitor, feedback_token) as client:
+        found = client.listing(limit=limit, labelled=every)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    table = Table("request id", "rejected (UTC)", "label", "mean entropy (bits)", "p-value", "rejected by", "was")
+    for about in found["inputs"]:
+        table.add_row(
+            escape(about["request_id"]),
+            f"{datetime.fromtimestamp(about['rejected_at'], timezone.utc):%Y-%m-%d %H:%M:%S}",
+            str(about["label"]),
+            "" if about["entropy_bits"] is None else f"{about['entropy_bits']:.3g}",
+            f"{about['p_value']:.2g}",
+            ", ".join(about["scores"]),
+            about["truth"] or "",
+        )
+    console.print(table)
+    say(f"{found['kept']} inputs are kept, {found['unlabelled']} not labelled. In a browser: {monitor}/quarantine")
+
+
+@quarantine_app.command("show", epilog="Example: stripwire quarantine show 7f3a.0 --output input.png")
+def quarantine_show(
+    request_id: Annotated[str, typer.Argument(help="Name of the input, as `list` and `classify --json` have it.")],
+    output: Annotated[Path | None, typer.Option(help="PNG file for its image, which must not exist.")] = None,
+    monitor: Monitor = "http://127.0.0.1:8003",
+    feedback_token: FeedbackToken = None,
+) -> None:
+    """Show what is known of a rejected input, as JSON, and save its image."""
+    from client.quarantine import QuarantineClient
+
+    with QuarantineClient(monitor, feedback_token) as client:
+        about = client.find(request_id)
+        typer.echo(json.dumps(about, indent=1))
+        if output is not None:
+            picture = client.picture(about["key"])
+            try:
+                with output.open("xb") as file:
+                    file.write(picture)
+            except FileExistsError as error:
+                raise InputError(f"output: {output} exists, expected a file that does not") from error
+
+
+@quarantine_app.command("label", epilog="Example: stripwire quarantine label trojaned 7f3a.0 7f3b.0")
+def quarantine_label(
+    truth: Annotated[Truth, typer.Argument(help="What the inputs really were.")],
+    request_ids: Annotated[list[str], typer.Argument(help="Names of the inputs, as `list` has them.")],
+    monitor: Monitor = "http://127.0.0.1:8003",
+    feedback_token: FeedbackToken = None,
+) -> None:
+    """Say what rejected inputs were; it counts as feedback, and what is recorded stays."""
+    from client.quarantine import QuarantineClient
+
+    with QuarantineClient(monitor, feedback_token) as client:
+        keys = [client.find(request_id)["key"] for request_id in request_ids]  # or nothing is recorded
+        new = sum(client.label(key, truth) for key in keys)
+    known = len(request_ids) - new
+    say(f"{new} recorded as {truth}" + (f", {known} had been before." if known else "."))
 
 
 def thresholds(calibration: Calibration) -> str:
@@ -1024,17 +1193,27 @@ def controlled(
     if url is None:
         yield None
         return
-    from client.api import is_loopback
     from client.control import ModelControl, control_headers
     from deploy.embedded.control_file import read_control_token
 
-    if control_token is None and is_loopback(url):
+    is_local = is_one_local_server(url)
+    if control_token is None and is_local:
         control_token = read_control_token(url.rpartition(":")[2])
     headers = control_headers(control_token)
     with connect(url, timeout, token, tls, ca, key, certificate, headers) as client:
         control = ModelControl(client)
         control.check_access()
         yield control
+
+
+def is_one_local_server(url: str) -> bool:
+    """Say whether `url` is on this machine; InputError where it may be several servers, which would take turns."""
+    from client.connection import read_target
+
+    target = read_target(url)
+    if target.is_balanced:
+        raise InputError(f"url: {url} may be several servers, expected host:port of one")
+    return target.is_local
 
 
 @contextmanager
@@ -1179,6 +1358,7 @@ _EXTRAS = {
     "grpc": "client",
     "tenacity": "client",
     "prometheus_client": "client",
+    "httpx": "client",
     "pydantic_settings": "client",
     "starlette": "client",
     "uvicorn": "client",

@@ -9,11 +9,10 @@ histogram has; Triton's own takes a message for each observation. PromQL sees no
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +45,7 @@ class LiveMetrics:
         calibration: labels of `stripwire_calibration_info`.
         created: when the calibration was made, in seconds since 1970.
         classes: how many classes there are, where labels are to be counted; None where not.
+        tell_others: called whenever sums are handed over, to hand over what others have counted.
     """
 
     def __init__(
@@ -58,7 +58,9 @@ class LiveMetrics:
         calibration: Mapping[str, str],
         created: float,
         classes: int | None = None,
+        tell_others: Callable[[], None] = lambda: None,
     ) -> None:
+        self._tell_others = tell_others
         family = pb_utils.MetricFamily
         self._families: list[Any] = []  # a metric ends with its family
 
@@ -93,9 +95,14 @@ class LiveMetrics:
         self._fixed += zip(shares, clean.values(), strict=True)
 
         # What is counted: for each kind of traffic, the metrics of one row of `self._pending`.
-        self._classes = classes
+        self._scores, self._classes = thresholds.scores, classes
         parts: list[tuple[str, str, list[dict[str, str]]]] = [
             ("inputs_total", "Inputs, by verdict", [{"verdict": verdict, "mode": mode} for verdict in VERDICTS]),
+            (
+                "rejections_total",
+                "Rejected inputs, by the scores at or beyond their thresholds, which may be several",
+                [{"score": score} for score in self._scores],
+            ),
             ("perturbations_total", "Blends that the sentinel was asked about", [{}]),
             ("entropy_bits_sum", "Sum of the entropies of inputs, as the detector takes them, in bits", [{}]),
             ("entropy_bits_count", "How many entropies there were", [{}]),
@@ -127,6 +134,7 @@ class LiveMetrics:
         self,
         canary: NDArray[np.bool_],
         trojaned: NDArray[np.bool_],
+        rejecting: Mapping[str, NDArray[np.bool_]],
         bits: Floats,
         perturbations: NDArray[np.integer[Any]],
         labels: NDArray[np.integer[Any]],
@@ -136,6 +144,7 @@ class LiveMetrics:
         Args:
             canary: which were sent to watch the guard.
             trojaned: the verdicts.
+            rejecting: for each score, which it rejects.
             bits: scores of the entropies; what is not a number is in no bucket.
             perturbations: how many blends ran.
             labels: what was answered, 0..classes.
@@ -148,7 +157,9 @@ class LiveMetrics:
             buckets = np.searchsorted(np.sort(known), self._bounds, side="right")
             rejected = np.count_nonzero(trojaned[chosen])
             parts = [
-                [np.count_nonzero(chosen) - rejected, rejected, perturbations[chosen].sum(), known.sum(), len(known)],
+                [np.count_nonzero(chosen) - rejected, rejected],
+                [np.count_nonzero(rejecting[score][chosen]) for score in self._scores],
+                [perturbations[chosen].sum(), known.sum(), len(known)],
                 [*buckets, len(known)],
             ]
             if self._classes is not None:
@@ -167,6 +178,7 @@ class LiveMetrics:
             ended = self._ended.wait(_FLUSH_SECONDS)
             try:
                 self._flush()
+                self._tell_others()
                 if ended:
                     self._retire()
                 elif turn % _REMINDED_EVERY == 0:
@@ -198,9 +210,3 @@ class LiveMetrics:
         finally:
             with self._lock:
                 self._pending += pending  # what was not handed over
-
-
-def is_canary(request: Any) -> bool:
-    """Say whether a request's inputs were sent to watch the guard."""
-    parameters = request.parameters()
-    return bool(parameters) and json.loads(parameters).get(CANARY_KEY) is True

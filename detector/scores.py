@@ -22,6 +22,10 @@ from detector.strip import is_trojaned
 DETECTORS = ("strip", "consensus")
 """What is looked at: the mean entropy alone (STRIP), or all that this module knows."""
 
+SCORES = ("entropy", "plain_entropy", "nll", "not_finite")
+"""What may reject an input: the entropy of its blends, that of the input as it came, how little the repaired network
+believes, or a network's answer that is not a number; see `Thresholds.rejecting`."""
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -63,14 +67,25 @@ class Thresholds:
     plain_bits: float | None = None
     nll: float | None = None
 
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Which of `SCORES` may reject an input."""
+        unused = {"plain_entropy": self.plain_bits, "nll": self.nll}
+        return tuple(score for score in SCORES if unused.get(score, 0.0) is not None)
+
     def reject(self, evidence: Evidence) -> NDArray[np.bool_]:
         """Return the verdicts, (inputs,): True where a score is at or beyond its threshold, or any is not finite."""
-        rejected = is_trojaned(evidence.bits, self.bits) | ~np.isfinite(evidence.scores()).all(axis=0)
+        return np.asarray(np.any([*self.rejecting(evidence).values()], axis=0))
+
+    def rejecting(self, evidence: Evidence) -> dict[str, NDArray[np.bool_]]:
+        """Return where each score rejects, (inputs,), by its name in `SCORES`; an input may be rejected by several."""
+        found = {"entropy": is_trojaned(evidence.bits, self.bits)}
         if self.plain_bits is not None:
-            rejected = rejected | is_trojaned(evidence.plain_bits, self.plain_bits)
+            found["plain_entropy"] = is_trojaned(evidence.plain_bits, self.plain_bits)
         if self.nll is not None:
-            rejected = rejected | is_disputed(evidence.nlls, self.nll)
-        return np.asarray(rejected)
+            found["nll"] = is_disputed(evidence.nlls, self.nll)
+        found["not_finite"] = ~np.isfinite(evidence.scores()).all(axis=0)
+        return found
 
 
 def score_bits(entropies_bits: Floats, detector: str, ran: NDArray[np.integer[Any]] | None = None) -> Floats:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import time
+import uuid
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -21,7 +24,8 @@ import numpy as np
 from detector.conformal import Regions
 from detector.consensus import negative_log_likelihood
 from detector.errors import RepositoryError, SetupError
-from detector.live_metrics import MOST_LABELS, LiveMetrics, is_canary
+from detector.live_metrics import CANARY_KEY, MOST_LABELS, LiveMetrics
+from detector.quarantine import FOLDER_VARIABLE, REQUEST_ID, Quarantine, QuarantineMetrics, Rejected
 from detector.scores import DETECTORS, Evidence, Thresholds, score_bits
 from detector.strip import (
     Array,
@@ -46,6 +50,9 @@ SENTINEL = "badnet"
 IDENTITY_KEY = "stripwire-identity"
 """Parameter of the ensemble that tells which version of which repository it is."""
 
+IMAGE = "image"
+"""What `guarded` takes. `strip_verdict` takes it as well, to keep what it rejects, and looks at no other."""
+
 SENTINEL_OUTPUTS = ("sentinel_entropies", "sentinel_plain_entropy", "sentinel_label", "sentinel_perturbations")
 REGION_FIELDS = ("thresholds", "p_values")
 
@@ -65,7 +72,7 @@ class Stage:
         outputs: names of the output tensors, in the order of the function's results.
         compute: takes one array per input and returns one per output; the first axis of each is the batch.
         xp: the array namespace in which `compute` works.
-        flag: says something of a request; `compute` is told it of every row, (batch,), as its last argument.
+        with_origins: tell `compute`, as its last argument, where the rows come from: `Origins`.
         close: ends what the stage has going on; Triton says when.
     """
 
@@ -76,11 +83,11 @@ class Stage:
         outputs: Sequence[str],
         compute: Callable[..., Sequence[Array]],
         xp: ModuleType = np,
-        flag: Callable[[Any], bool] | None = None,
+        with_origins: bool = False,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.close = close
-        self._flag = flag
+        self._with_origins = with_origins
         self._pb_utils = pb_utils
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
@@ -94,10 +101,11 @@ class Stage:
             arrays = list(per_request[0])
         else:
             arrays = [self._xp.concatenate(parts, axis=0) for parts in zip(*per_request, strict=True)]
-        if self._flag is not None:
-            flags = [self._flag(request) for request in requests]
-            arrays.append(np.repeat(flags, [parts[0].shape[0] for parts in per_request]))
-        results = self._compute(*arrays)
+        if self._with_origins:
+            counts = [parts[0].shape[0] for parts in per_request]
+            results = self._compute(*arrays, Origins(self._pb_utils, requests, counts))
+        else:
+            results = self._compute(*arrays)
         if self._xp is not np:
             # Triton reads the results on a stream of its own.
             self._xp.cuda.get_current_stream().synchronize()
@@ -125,6 +133,43 @@ class Stage:
         if self._xp is np:
             return self._pb_utils.Tensor(name, array)
         return self._pb_utils.Tensor.from_dlpack(name, array)
+
+
+class Origins:
+    """Where the rows of a Triton batch come from.
+
+    Args:
+        pb_utils: Triton's `triton_python_backend_utils`.
+        requests: the requests, in the order of their rows.
+        counts: how many rows each has.
+    """
+
+    def __init__(self, pb_utils: Any, requests: Sequence[Any], counts: Sequence[int]) -> None:
+        self._pb_utils = pb_utils
+        self._requests = requests
+        self._starts = np.cumsum([0, *counts])
+        self.canary = np.repeat([_is_canary(request) for request in requests], counts)
+        """(rows,), bool: which were sent to watch the guard."""
+
+    def request_id(self, row: int) -> str:
+        """Return the name of a row, `<id of its request>.<row in it>`; a new one where its request has no usable id."""
+        request, within = self._place(row)
+        own = f"{request.request_id()}.{within}"
+        return own if re.fullmatch(REQUEST_ID, own) and not own.startswith(".") else f"{uuid.uuid4().hex}.{within}"
+
+    def image(self, row: int) -> Array:
+        """Return a copy of the image of a row, (height, width, channels), uint8."""
+        request, within = self._place(row)
+        return np.array(self._pb_utils.get_input_tensor_by_name(request, IMAGE).as_numpy()[within])
+
+    def _place(self, row: int) -> tuple[Any, int]:
+        index = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._requests[index], row - int(self._starts[index])
+
+
+def _is_canary(request: Any) -> bool:
+    parameters = request.parameters()
+    return bool(parameters) and json.loads(parameters).get(CANARY_KEY) is True
 
 
 def perturb_stage(args: dict[str, str], pb_utils: Any) -> Stage:
@@ -185,6 +230,7 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     of those, which is over the threshold.
 
     What it decides is counted, see `detector.live_metrics`; labels if the environment has `STRIPWIRE_COUNT_LABELS=1`.
+    What it rejects, canaries apart, is kept if the environment has `STRIPWIRE_QUARANTINE`, see `detector.quarantine`.
 
     The stage hands entropy, count and probabilities on under their public names: a tensor of an ensemble that is public
     and read by another step is lost to that step when the caller does not ask for it. Its tensors are tiny, so it runs
@@ -205,7 +251,8 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     if mode not in MODES:
         raise RepositoryError(f"{args['model_name']}: parameter mode is {mode!r}, expected one of {', '.join(MODES)}")
 
-    metrics = _live_metrics(args, pb_utils, mode, thresholds)
+    quarantine = _quarantine(args)
+    metrics = _live_metrics(args, pb_utils, mode, thresholds, quarantine)
 
     def compute(
         entropies: Array,
@@ -213,7 +260,7 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
         sentinel_label: Array,
         perturbations: Array,
         probabilities: Array,
-        canary: Array,
+        origins: Origins,
     ) -> list[Array]:
         ran = perturbations[:, 0]
         bits = score_bits(entropies, detector, ran)
@@ -225,18 +272,54 @@ def verdict_stage(args: dict[str, str], pb_utils: Any) -> Stage:
             evidence = Evidence(bits, plain_entropy[:, 0], nlls)
         # A label read off broken probabilities means nothing: reject the input.
         broken = ~np.all(np.isfinite(probabilities), axis=-1)
-        trojaned = thresholds.reject(evidence) | broken
+        rejecting = thresholds.rejecting(evidence)
+        rejecting["not_finite"] |= broken
+        trojaned = np.any([*rejecting.values()], axis=0)
         labels = guarded_labels(probabilities, trojaned, block=mode == "block")
         p_value = np.where(broken, np.float32(0.0), regions.p_value(evidence.scores()))
-        metrics.count(canary, trojaned, bits, ran, labels)
+        metrics.count(origins.canary, trojaned, rejecting, bits, ran, labels)
+        if quarantine is not None:
+            for row in np.flatnonzero(trojaned & ~origins.canary).tolist():
+                quarantine.offer(
+                    Rejected(
+                        origins.request_id(row),
+                        origins.image(row),
+                        label=int(probabilities[row].argmax()),
+                        entropy_bits=float(entropy[row]),
+                        p_value=float(p_value[row]),
+                        scores=tuple(score for score, rejects in rejecting.items() if rejects[row]),
+                        version=args["model_version"],
+                        rejected_at=time.time(),
+                    )
+                )
         return [labels[:, None], trojaned[:, None], entropy[:, None], p_value[:, None], perturbations, probabilities]
 
     inputs = [*SENTINEL_OUTPUTS, "repaired_probabilities"]
     outputs = ["label", "trojaned", "entropy", "p_value", "perturbations", "probabilities"]
-    return Stage(pb_utils, inputs, outputs, compute, flag=is_canary, close=metrics.close)
+
+    def close() -> None:
+        if quarantine is not None:
+            quarantine.close()
+        metrics.close()
+
+    return Stage(pb_utils, inputs, outputs, compute, with_origins=True, close=close)
 
 
-def _live_metrics(args: dict[str, str], pb_utils: Any, mode: str, thresholds: Thresholds) -> LiveMetrics:
+def _quarantine(args: dict[str, str]) -> Quarantine | None:
+    """Return where a version of `strip_verdict` keeps what it rejects; None where it keeps nothing."""
+    quarantine = Quarantine.of_environment()
+    if quarantine is not None and IMAGE not in [each["name"] for each in json.loads(args["model_config"])["input"]]:
+        quarantine.close()
+        raise RepositoryError(
+            f"{FOLDER_VARIABLE}: this version was exported by a Stripwire that had no quarantine, so strip_verdict "
+            "does not see images; export the model again, or serve without the variable"
+        )
+    return quarantine
+
+
+def _live_metrics(
+    args: dict[str, str], pb_utils: Any, mode: str, thresholds: Thresholds, quarantine: Quarantine | None
+) -> LiveMetrics:
     """Return what counts the verdicts of a version of `strip_verdict`."""
     path = _version_folder(args) / "calibration.json"
     content = path.read_bytes()
@@ -263,6 +346,7 @@ def _live_metrics(args: dict[str, str], pb_utils: Any, mode: str, thresholds: Th
         clean=clean,
         calibration={"repository_version": args["model_version"], "sha256": hashlib.sha256(content).hexdigest()},
         created=created,
+        tell_others=(lambda: None) if quarantine is None else QuarantineMetrics(pb_utils, quarantine).tell,
         classes=int(classes) if count_labels == "1" else None,
     )
 

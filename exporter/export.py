@@ -19,6 +19,7 @@ from detector.calibration import Calibration
 from detector.errors import CalibrationError, DataError, ModelRefusedError
 from detector.scores import Evidence, score_bits
 from detector.statistics import Proportion
+from exporter.canaries import write_exported
 from exporter.classifier import with_probabilities
 from exporter.commands import commands
 from exporter.convert import check_parity, repaired_graph, sentinel_graph, to_onnx
@@ -37,6 +38,7 @@ from exporter.report.collect import collect
 from exporter.repository import ServedModel, check_output, write_repository
 from exporter.splits import Split, part_to_json, split_clean, take_share
 from exporter.training import Progress, score
+from exporter.used import write_used
 from samples.types import Samples
 
 _SCALE_IMAGES = 1000
@@ -144,7 +146,7 @@ def export(
     def entropies_of(samples: Samples, description: str = "Measuring STRIP") -> NDArray[np.float32]:
         return entropy_matrix(session, samples.images, overlays, options.input_weight, on_progress, description)
 
-    entropies = entropies_of(split.calibration, "Calibrating STRIP")
+    entropies = entropies_of(split.calibration, "Calibrating")
     plain_bits = labels = None
     if options.rule.detector == "consensus":
         plain_bits, labels = measure_plain(session, split.calibration.images, on_progress)
@@ -236,7 +238,14 @@ def export(
         "versions": _versions(),
     }
     served = ServedModel(badnet, repaired, overlays, options.input_weight, calibration, classes, provenance, fused)
-    number = write_repository(output, served, lambda folder, number: write_report(folder, report, number, provenance))
+
+    def write_beside(folder: Path, number: str, entry: dict[str, Any]) -> None:
+        write_report(folder, report, number, provenance)
+        trojaned = None if attack is None else attack.images
+        write_used(folder, {name: part.images for name, part in vars(split).items()})
+        write_exported(folder, number, entry, split.validation.images, trojaned, options.seed)
+
+    number = write_repository(output, served, write_beside)
     return Export(
         output=output,
         report=output / "guarded" / number / HTML_NAME,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from detector.calibration import ALPHAS, Calibration, ThresholdRule
 from detector.errors import CalibrationError, InputError
 from detector.serving import read_overlays, read_plain_first, read_thresholds
+from exporter.canaries import write_recalibrated
 from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, measure_plain, open_graph
 from exporter.fused import check_fused, fuse
 from exporter.inputs import InputReader
@@ -23,6 +24,7 @@ from exporter.overlays import Count, check_overlay_options, choose_greedily, par
 from exporter.publishing import check_writable, locked
 from exporter.repository import Recalibrated, write_recalibration
 from exporter.splits import units
+from exporter.used import uses, write_used
 from model_repository.manifest import FUSED, verify_repository
 from samples.types import Samples
 
@@ -146,7 +148,7 @@ def recalibrate(
             overlays = candidates[choose_greedily(matrix, count, options.rule.target_frr, detector)]
         else:
             overlays = candidates
-    entropies = entropy_matrix(session, images[parts.calibration], overlays, alpha, on_progress, "Calibrating STRIP")
+    entropies = entropy_matrix(session, images[parts.calibration], overlays, alpha, on_progress, "Calibrating")
     plain_bits = nlls = None
     if detector == "consensus":
         plain_bits, labels = measure_plain(session, images[parts.calibration], on_progress)
@@ -178,10 +180,27 @@ def recalibrate(
     }
     as_before = options.keep_overlays and calibration.looks_at_plain == read_plain_first(folders["strip_perturb"])
     changed = Recalibrated(calibration, None if as_before else overlays, alpha, provenance, fused)
-    number = write_recalibration(repository, base, changed)
+    used = images[np.concatenate([*vars(parts).values()])]
+
+    def write_beside(folder: Path, number: str, entry: dict[str, Any]) -> None:
+        write_used(folder, {name: images[part] for name, part in vars(parts).items()})
+        write_recalibrated(folder, number, entry, repository / "guarded" / base, used)
+
+    number = write_recalibration(repository, base, changed, write_beside)
     _, base_thresholds = read_thresholds(folders["strip_verdict"])
-    notes = tuple(reader.notes)
+    notes = (*reader.notes, *_taught(repository, manifest, images[parts.calibration]))
     return Recalibration(repository, number, base, base_thresholds.bits, calibration, notes, provenance)
+
+
+def _taught(repository: Path, manifest: dict[str, Any], calibration: NDArray[np.uint8]) -> tuple[str, ...]:
+    """Note where calibration images have taught the repaired network, which knows them better than new ones."""
+    count = uses(repository, manifest, calibration).count("repair")
+    if not count:
+        return ()
+    return (
+        f"{count} of the {len(calibration)} images that calibrate have taught the repaired network, so more of new "
+        "images may be rejected than they promise. Give images that no export has seen.",
+    )
 
 
 def distinct(samples: Samples, besides: NDArray[np.uint8] | None = None) -> NDArray[np.int64]:

@@ -126,7 +126,11 @@ def check_output(output: Path, image_shape: tuple[int, ...], classes: int) -> di
     return manifest
 
 
-def write_repository(output: Path, served: ServedModel, write_report: Callable[[Path, str], None] | None = None) -> str:
+WriteBeside = Callable[[Path, str, dict[str, Any]], None]
+"""Writes into the folder of a version of `guarded`, given the folder, its number and what the manifest says of it."""
+
+
+def write_repository(output: Path, served: ServedModel, write_beside: WriteBeside | None = None) -> str:
     """Write `served` to `output`: a new repository, or a new version of the one that is there, and make it active.
 
     What appears, appears whole; versions that were there stay as they are.
@@ -134,7 +138,7 @@ def write_repository(output: Path, served: ServedModel, write_report: Callable[[
     Args:
         output: the model repository.
         served: what goes into it.
-        write_report: writes a report into a folder of the version, given the folder and the version's number.
+        write_beside: writes what is for people, and for the monitor.
 
     Returns:
         The number of the version written.
@@ -163,12 +167,14 @@ def write_repository(output: Path, served: ServedModel, write_report: Callable[[
             _write_entropy(staged, number, served.calibration)
             _write_calibration(staged, number, served.calibration)
             _write_ensemble(staged, number)
-            if write_report is not None:
-                write_report(staged / "guarded" / number, number)
+            if write_beside is not None:
+                write_beside(staged / "guarded" / number, number, versions[number])
     return number
 
 
-def write_recalibration(repository: Path, base: str, changed: Recalibrated) -> str:
+def write_recalibration(
+    repository: Path, base: str, changed: Recalibrated, write_beside: WriteBeside | None = None
+) -> str:
     """Write a version that differs from version `base` by its calibration, and make it active.
 
     Only the models concerned get a new version; the others, the networks among them, are shared with `base`.
@@ -217,6 +223,8 @@ def write_recalibration(repository: Path, base: str, changed: Recalibrated) -> s
             _write_fused(staged, number, changed.fused)
             _write_calibration(staged, number, changed.calibration)
             _write_ensemble(staged, number)
+            if write_beside is not None:
+                write_beside(staged / "guarded" / number, number, versions[number])
     return number
 
 
@@ -326,7 +334,7 @@ def model_configs(
         "strip_entropy": (["sentinel_probabilities"], [*SENTINEL_OUTPUTS]),
         "repaired": (["image"], ["repaired_probabilities"]),
         "fused": (["image"], [*SENTINEL_OUTPUTS, "repaired_probabilities"]),
-        "strip_verdict": ([*SENTINEL_OUTPUTS, "repaired_probabilities"], [name for name, _, _ in public]),
+        "strip_verdict": (["image", *SENTINEL_OUTPUTS, "repaired_probabilities"], [name for name, _, _ in public]),
     }
     for name in BEHIND[layout_of(models)]:
         inputs, outputs = tensors[name]
@@ -341,7 +349,9 @@ def model_configs(
                 output_map={tensor: among.get(tensor, tensor) for tensor in outputs},
             )
         )
-    verdict = _config("strip_verdict", [*opinion, repaired_probabilities], public, backend="python", image_sized=False)
+    verdict = _config(
+        "strip_verdict", [image, *opinion, repaired_probabilities], public, backend="python", image_sized=False
+    )
     verdict.parameters["mode"].CopyFrom(ModelParameter(string_value="block"))
     configs = [
         guarded,

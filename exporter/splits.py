@@ -6,7 +6,6 @@ Every part gets its share of each class as exactly as whole numbers allow.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,6 +18,7 @@ from scipy import optimize, sparse
 
 from detector.errors import CalibrationError, DataError, InputError
 from exporter.overlays import Count, PartSize, part_sizes
+from exporter.used import digests
 from samples.types import Samples
 
 Indices = NDArray[np.int64]
@@ -174,22 +174,18 @@ def check_parts(given: Collection[str], *, drawable: bool, overlay_choice: str, 
         )
 
 
-def _digests(images: Iterable[NDArray[np.uint8]]) -> list[bytes]:
-    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
-
-
 def _distinct(samples: Samples) -> Indices:
     """Return where each image comes first, ascending."""
     first: dict[bytes, int] = {}
-    for index, digest in enumerate(_digests(samples.images)):
+    for index, digest in enumerate(digests(samples.images)):
         first.setdefault(digest, index)
     return np.fromiter(first.values(), np.int64)
 
 
 def _check_given(parts: dict[str, Samples], overlay_count: Count, least: dict[str, int]) -> None:
     """Refuse given parts that share images, or are too small."""
-    digests = {name: set(_digests(part.images)) for name, part in parts.items()}
-    common = {(one, two): len(digests[one] & digests[two]) for one, two in combinations(digests, 2)}
+    known = {name: set(digests(part.images)) for name, part in parts.items()}
+    common = {(one, two): len(known[one] & known[two]) for one, two in combinations(known, 2)}
     shared = [f"{one} and {two} share {count}" for (one, two), count in common.items() if count]
     if shared:
         raise DataError(f"given parts: {', '.join(shared)} images, expected no image in two parts; remove it from one")
@@ -225,9 +221,8 @@ def units(samples: Samples, taken: Iterable[NDArray[np.uint8]] = ()) -> list[Ind
         Indices, ascending, one array (images,) for each group.
     """
     groups = range(len(samples)) if samples.groups is None else samples.groups.tolist()
-    foreign = {digest for images in taken for digest in _digests(images)}
-    digests = _digests(samples.images)
-    barred = {group for group, digest in zip(groups, digests, strict=True) if digest in foreign}
+    foreign = {digest for images in taken for digest in digests(images)}
+    barred = {group for group, digest in zip(groups, digests(samples.images), strict=True) if digest in foreign}
     members: dict[int, list[int]] = {}
     for index in _distinct(samples).tolist():
         if groups[index] not in barred:
@@ -254,6 +249,7 @@ def _spare(units: list[Indices], sizes: Mapping[str, PartSize], percent: dict[st
         raise CalibrationError(
             f"clean data: got {count} distinct images, expected at least {needed}: {', '.join(uses)}; "
             "give more clean images, ask for fewer overlays, or for a higher target FRR"
+            + (", or do without a repair (--repair none)" if "repair" in percent else "")
         )
     return count - needed
 

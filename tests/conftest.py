@@ -67,9 +67,9 @@ def repository(badnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(repository: Path) -> Iterator[EmbeddedTriton]:
-    """Return a real server on that repository."""
+def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedTriton]:
+    """Return a real server on that repository, which keeps what it rejects."""
     from deploy.embedded.server import EmbeddedTriton
 
-    with EmbeddedTriton(repository) as running:
+    with EmbeddedTriton(repository, quarantine=tmp_path_factory.mktemp("quarantine")) as running:
         yield running

@@ -34,12 +34,16 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         "stripwire.py",
         "stripwire_demo.py",
+        "stripwire_watch.py",
         "exporter/report/report.html.j2",
         "model_repository/strip_perturb/model.py",
         "model_repository/strip_entropy/model.py",
         "model_repository/strip_verdict/model.py",
         "deploy/embedded/launch.py",
+        "client/monitor/page/page.html",
+        "client/monitor/page/page.js",
         "deploy/grafana/stripwire.json",
+        "deploy/prometheus/rules.yaml",
         "deploy/embedded/backends/onnxruntime/model.py",
     ],
 )
@@ -51,7 +55,7 @@ def test_the_wheel_holds_nothing_else(installed: Path) -> None:
     tops = {path.name.split("-")[0] for path in installed.iterdir()}
     assert tops == {
         *("client", "deploy", "detector", "exporter", "model_repository", "samples"),
-        *("stripwire.py", "stripwire_demo.py", "stripwire"),
+        *("stripwire.py", "stripwire_demo.py", "stripwire_watch.py", "stripwire"),
     }
 
 

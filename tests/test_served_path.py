@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -169,22 +171,43 @@ def test_a_server_on_this_machine_reads_images_from_shared_memory(server: Embedd
     assert not {path.name for path in set(Path("/dev/shm").iterdir()) - held if path.name.startswith("psm_")}  # noqa: S108
 
 
+def test_shared_memory_that_requests_still_read_is_forgotten_when_a_call_fails(
+    server: EmbeddedTriton, badnet: Path
+) -> None:
+    images = np.concatenate([images_of(badnet)] * 10)
+
+    def give_up(*_: int) -> None:
+        raise RuntimeError("enough")
+
+    with GuardedClient(server.grpc_address) as client:
+        with pytest.raises(RuntimeError, match="enough"):
+            client.classify(images, shared_memory=True, on_progress=give_up)
+        told = client.ask("guarded", lambda triton, **options: triton.get_system_shared_memory_status(**options))
+    assert not told.regions
+
+
 def test_a_server_that_was_started_anew_is_told_of_the_shared_memory_again(server: EmbeddedTriton) -> None:
     with GuardedClient(server.grpc_address) as client:
 
         def ask(call: Any) -> Any:
             return client.ask("guarded", call)
 
+        def steps(call: Any) -> Generator[Any, Any, Any]:
+            yield from ()
+            return ask(call)
+
         def registered() -> int:
             return len(ask(lambda triton, **options: triton.get_system_shared_memory_status(**options)).regions)
 
-        with SharedBatches(ask, 2, 100) as shared:
-            shared.register()  # which it was already
+        with SharedBatches(steps, 2, 100) as shared:
+            list(shared.register())
+            list(shared.register())  # which it was already
             assert registered() == 1
             ask(lambda triton, **options: triton.unregister_system_shared_memory("", **options))
             assert registered() == 0
-            shared.register()
+            list(shared.register())
             assert registered() == 1
+            list(shared.unregister(time.sleep))
         assert registered() == 0
 
 

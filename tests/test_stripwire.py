@@ -42,7 +42,7 @@ from samples.canaries import read_canaries
 from samples.hdf5 import read_hdf5
 
 COMMANDS = (
-    *("demo", "train-badnet", "train-badnet-on", "export", "serve"),
+    *("demo", "train-badnet", "train-badnet-on", "export", "verify", "serve"),
     *("calibrate", "rollback", "reload", "classify", "evaluate", "canaries", "monitor"),
 )
 
@@ -82,7 +82,7 @@ def test_classify_prints_a_row_for_each_image(
     assert run(monkeypatch, "classify", *files, "--url", server.grpc_address, "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [sorted(row) for row in rows] == [
-        ["entropy_bits", "label", "name", "p_value", "perturbations", "trojaned"]
+        ["entropy_bits", "label", "name", "p_value", "perturbations", "request_id", "trojaned"]
     ] * 3
     assert rows[0]["entropy_bits"] == pytest.approx(rows[1]["entropy_bits"], abs=1e-5)
 
@@ -94,6 +94,21 @@ def test_an_image_of_another_size_is_resized_only_when_asked(
     assert run(monkeypatch, "classify", tmp_path / "large.png", "--url", server.grpc_address) == 2
     assert "--resize" in capsys.readouterr().err
     assert run(monkeypatch, "classify", tmp_path / "large.png", "--url", server.grpc_address, "--resize") == 0
+
+
+def test_verify_tells_a_repository_that_matches_from_one_that_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], repository: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(repository, tmp_path / "repository")
+    assert run(monkeypatch, "verify", copied) == 0
+    assert "matches its manifest" in capsys.readouterr().out
+    assert run(monkeypatch, "verify", copied, "--json") == 0
+    files = len(json.loads((copied / "manifest.json").read_text())["files"])
+    assert json.loads(capsys.readouterr().out) == {"repository": str(copied), "version": "1", "files": files}
+    with (copied / "badnet" / "1" / "model.onnx").open("ab") as graph:
+        graph.write(b"!")
+    assert run(monkeypatch, "verify", copied) == 2
+    assert "badnet/1/model.onnx was altered" in capsys.readouterr().err
 
 
 def test_canaries_know_what_the_repository_promises(
@@ -215,6 +230,8 @@ def test_a_mistake_ends_in_one_message_and_no_traceback(
             *("--threshold-bits", "0.2", "--target-frr", "0.1"),
         ): "target FRR: got 0.1 and a threshold of 0.2 bits, expected one of them",
         ("serve", str(tmp_path), "--http-port", "70000"): "HTTP port: got 70000",
+        ("reload", str(tmp_path), "--url", "dns:///triton:8001"): "url: dns:///triton:8001 may be several servers",
+        ("monitor", "--canaries", str(text), "--url", "ipv4:127.0.0.1:1,127.0.0.1:2"): "may be several servers",
     }
     for arguments, message in cases.items():
         assert run(monkeypatch, *arguments) != 0
@@ -316,7 +333,8 @@ def test_the_exit_status_tells_what_cannot_be_used_from_what_fails(
 def test_a_missing_extra_is_named_with_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.delitem(sys.modules, "client.api", raising=False)
+    for module in ("client.api", "client.core"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "tenacity", None)
     (tmp_path / "face.png").touch()
     assert run(monkeypatch, "classify", tmp_path / "face.png") == 1

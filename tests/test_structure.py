@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = {"client", "deploy", "detector", "exporter", "model_repository", "samples", "stripwire", "stripwire_demo"}
+OURS = {
+    *("client", "deploy", "detector", "exporter", "model_repository", "samples"),
+    *("stripwire", "stripwire_demo", "stripwire_watch"),
+}
 MAY_IMPORT = {
     "detector": set(),
     "model_repository": {"detector"},

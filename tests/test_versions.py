@@ -31,7 +31,9 @@ from exporter.fused import fuse
 from exporter.preprocessing import Preprocessing
 from exporter.repository import Recalibrated, ServedModel, activate, write_recalibration, write_repository
 from model_repository.manifest import read_manifest, verify_repository, write_manifest
+from tests.client.monitor.conftest import wait_for
 from tests.networks import small_network
+from tests.test_live_metrics import scraped, series
 
 SHAPE, CLASSES = (8, 7, 3), 5
 REJECTS_ALL, ACCEPTS_ALL = 10.0, 0.0  # bits; no entropy over 5 classes exceeds 2.33
@@ -295,3 +297,46 @@ def test_the_manifest_knows_what_each_version_consists_of(exported: Path) -> Non
     assert [version["previous"] for version in versions.values()] == [None, "1", "2", "3"]
     assert json.loads((exported / "manifest.json").read_text())["active"] == "4"
     assert not (exported / "badnet" / "2").exists()
+
+
+def test_counters_go_on_and_gauges_follow_through_every_switch(repository: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, *SHAPE), dtype=np.uint8)
+    with (
+        EmbeddedTriton(repository, quarantine=repository.parent / "quarantine") as server,
+        GuardedClient(server.grpc_address) as client,
+        controlling(server) as control,
+    ):
+        sent = rejected = 0
+
+        def is_told(version: str, bits: float) -> bool:
+            found = scraped(server)
+            by_verdict = {
+                verdict: sum(
+                    value
+                    for (name, labels), value in found.items()
+                    if name == "stripwire_inputs_total" and {("traffic", "live"), ("verdict", verdict)} <= labels
+                )
+                for verdict in ("accepted", "rejected")
+            }
+            info = {
+                dict(labels)["repository_version"]: value
+                for (name, labels), value in found.items()
+                if name == "stripwire_calibration_info"
+            }
+            return (
+                by_verdict == {"accepted": sent - rejected, "rejected": rejected}
+                and found[series("threshold_bits")] == bits
+                and {number for number, value in info.items() if value} == {version}
+                and found[series("quarantine_kept_total")] == rejected
+            )
+
+        # The model strip_verdict of version 3 and 4 is exported, that of 2 calibrated: each has a process of its own.
+        for version in ("2", "1", "4", "3", "4", "2"):
+            activate(repository, version)
+            assert switch_to_active(control, repository)
+            for _ in range(3):
+                verdicts = client.classify(images)
+                sent, rejected = sent + len(images), rejected + int(verdicts.trojaned.sum())
+            bits = ACCEPTS_ALL if version == "2" else REJECTS_ALL
+            wait_for(lambda version=version, bits=bits: is_told(version, bits))  # type: ignore[misc]
+        assert 0 < rejected < sent

@@ -18,6 +18,7 @@ from rich.console import Console
 import benchmarks.speed
 from benchmarks.files import write_whole
 from benchmarks.speed.contenders import ENSEMBLE, FUSED, contenders
+from benchmarks.speed.instances import compare_instances, instances_table
 from benchmarks.speed.offline import compare, vary
 from benchmarks.speed.results import draw, offline_table, served_table, targets, varied_table
 from benchmarks.speed.served import Load, blends, measure
@@ -47,8 +48,9 @@ def run(
     with progress() as report:
         found = _read(output)
         found |= {"hardware": hardware(), "rounds": rounds, "seconds": seconds}
-        found["offline"], found["varied"] = compare(rounds, report), vary(rounds, report)
-        found["served"] = _served(rounds, seconds, report)
+        badnet = cached_badnet(BadNetOptions(), on_progress=report).folder
+        found["offline"], found["varied"] = compare(badnet, rounds, report), vary(rounds, report)
+        found["served"] = _served(badnet, rounds, seconds, report)
     _write(output, found)
     draw(output / "speed.png", found)
     show(found)
@@ -74,6 +76,20 @@ def soak(
     show(found)
 
 
+@app.command()
+def instances(
+    rounds: Annotated[int, typer.Option(min=1, help="How often each has its turn.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long a turn is.")] = 1.0,
+    output: Annotated[Path, typer.Option(help="Folder with speed.json.")] = RESULTS,
+) -> None:
+    """Compare one instance of each network with two."""
+    with progress() as report:
+        badnet = cached_badnet(BadNetOptions(), on_progress=report).folder
+        found = _read(output) | {"instances": compare_instances(badnet, rounds, seconds, report)}
+    _write(output, found)
+    Console().print(instances_table(found["instances"]))
+
+
 def show(found: dict[str, Any]) -> None:
     """Print the tables of what was measured."""
     console = Console(width=140)
@@ -94,8 +110,7 @@ def hardware() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name}, {memory:.0f} GiB, no GPU asked"
 
 
-def _served(rounds: int, seconds: float, report: OnProgress) -> list[dict[str, Any]]:
-    badnet = cached_badnet(BadNetOptions()).folder
+def _served(badnet: Path, rounds: int, seconds: float, report: OnProgress) -> list[dict[str, Any]]:
     clean, trojaned = (read_hdf5(badnet / name).images for name in (TEST_FILE, trojaned_file("sunglasses")))
     some = trojaned[: max(1, round(len(clean) * _TROJANED_SHARE / (1 - _TROJANED_SHARE)))]
     pools = {"clean": clean, "1 % trojaned": np.concatenate([clean, some])}

@@ -1,7 +1,7 @@
 """Without a server: what STRIP costs an image by the published algorithm, by the Adversarial Robustness Toolbox, by us.
 
-The network is an untrained DeepID. What it answers says nothing, so nothing exits early here: `benchmarks.speed.served`
-has what that saves.
+They are compared on the network and the clean faces that the server is measured with. Where the number of overlays,
+batch or classes is varied, the network is an untrained DeepID: what it answers says nothing, so nothing exits early.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,10 +23,12 @@ from detector.calibration import ThresholdRule
 from detector.scores import score_bits
 from detector.strip import perturb, perturbation_entropies_bits, weighted_overlays
 from exporter.architectures import deepid
+from exporter.badnet import MODEL_FILE, PREPROCESSING, TEST_FILE, VALIDATION_FILE
 from exporter.convert import repaired_graph, sentinel_graph, to_onnx
 from exporter.entropies import OnProgress, entropy_matrix, open_graph
 from exporter.fused import fuse
-from exporter.preprocessing import Preprocessing
+from exporter.keras_files import load_model
+from samples.hdf5 import read_hdf5
 
 Way = Callable[[NDArray[np.uint8]], Any]
 """Something that is done to a batch, (batch, height, width, channels), uint8."""
@@ -42,9 +45,10 @@ VARIED = {
 IMAGES = 64
 """Of each way, so many are timed in a round."""
 _SLOW_IMAGES = 2
+_CALIBRATION_IMAGES = 200
 
 
-def compare(rounds: int, report: OnProgress) -> dict[str, list[float]]:
+def compare(badnet: Path, rounds: int, report: OnProgress) -> dict[str, list[float]]:
     """Return the milliseconds that an image costs in each round, by what is done to it.
 
     The network is the same for all. The published algorithm takes one image at a time and goes through the classes of
@@ -52,11 +56,13 @@ def compare(rounds: int, report: OnProgress) -> dict[str, list[float]]:
     which is what we have.
 
     Args:
+        badnet: folder of a trained BadNet, see `exporter.badnet`.
         rounds: how often each has its turn.
         report: told how far it is.
     """
-    bench = _Bench(CLASSES, OVERLAYS)
-    images = _pictures(IMAGES, 1)
+    clean = read_hdf5(badnet / VALIDATION_FILE).images[: OVERLAYS + _CALIBRATION_IMAGES]
+    bench = _Bench(load_model(badnet / MODEL_FILE), clean[:OVERLAYS], clean[OVERLAYS:])
+    images = read_hdf5(badnet / TEST_FILE).images[:IMAGES]
 
     def by_keras(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.asarray(bench.model.predict(pixels / np.float32(255), verbose=0))
@@ -68,7 +74,8 @@ def compare(rounds: int, report: OnProgress) -> dict[str, list[float]]:
         "ART, Keras": (lambda batch: _art(by_keras, batch, bench.overlays), _SLOW_IMAGES),
         "ART, onnxruntime": (lambda batch: _art(bench.predict, batch, bench.overlays), _SLOW_IMAGES),
         "ours, ensemble": (bench.ensemble, IMAGES),
-        "ours, fused, nothing shared": (bench.unshared, IMAGES),
+        "ours, fused, nothing shared, no early exit": (bench.unshared, IMAGES),
+        "ours, fused, no early exit": (bench.whole, IMAGES),
         "ours, fused": (bench.fused, IMAGES),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -97,9 +104,10 @@ def vary(rounds: int, report: OnProgress) -> dict[str, list[dict[str, float]]]:
         found[name] = []
         for value in values:
             size = {"overlays": OVERLAYS, "batch": BATCH, "classes": CLASSES, name: value}
-            bench = _Bench(size["classes"], size["overlays"])
+            keras.utils.set_random_seed(0)
+            bench = _Bench(deepid(size["classes"], SHAPE), _pictures(size["overlays"], 0), _pictures(100, 2))
             images = _pictures(size["batch"], 1)
-            ways = {"ensemble": bench.ensemble, "fused": bench.fused}
+            ways = {"ensemble": bench.ensemble, "fused": bench.whole}
             ratios: dict[str, list[float]] = {way: [] for way in ways}
             for turn in range(rounds + 1):
                 bare = _seconds(bench.bare, images)
@@ -138,20 +146,18 @@ def published(
 
 
 class _Bench:
-    """A DeepID of so many classes and so many overlays, with all that is timed of them."""
+    """A network that takes pixels / 255, with all that is timed of it, calibrated for STRIP."""
 
-    def __init__(self, classes: int, count: int) -> None:
-        keras.utils.set_random_seed(0)
-        self.model = deepid(classes, SHAPE)
-        network = to_onnx(self.model)
-        badnet, repaired = sentinel_graph(network, Preprocessing()), repaired_graph(network, Preprocessing())
-        self.overlays = _pictures(count, 0)
-        self._weighted = weighted_overlays(self.overlays, ALPHA)
+    def __init__(self, model: keras.Model, overlays: NDArray[np.uint8], calibration: NDArray[np.uint8]) -> None:
+        self.model, self.overlays = model, overlays
+        network = to_onnx(model)
+        badnet, repaired = sentinel_graph(network, PREPROCESSING), repaired_graph(network, PREPROCESSING)
+        self._weighted = weighted_overlays(overlays, ALPHA)
         self._badnet, self._repaired = open_graph(badnet.SerializeToString()), open_graph(repaired.SerializeToString())
-        entropies = entropy_matrix(self._badnet, _pictures(100, 2), self.overlays, ALPHA)
-        calibration = ThresholdRule().calibrate(entropies)
-        of_both = badnet, repaired, self.overlays, ALPHA, calibration, entropies
-        self._fused = open_graph(fuse(*of_both, early_exit=False).graph.SerializeToString())
+        entropies = entropy_matrix(self._badnet, calibration, overlays, ALPHA)
+        of_both = badnet, repaired, overlays, ALPHA, ThresholdRule().calibrate(entropies), entropies
+        self._fused = open_graph(fuse(*of_both).graph.SerializeToString())
+        self._whole = open_graph(fuse(*of_both, early_exit=False).graph.SerializeToString())
         with patch("exporter.fused._MOST_SHARED_BYTES", 0):
             self._unshared = open_graph(fuse(*of_both, early_exit=False).graph.SerializeToString())
 
@@ -170,8 +176,12 @@ class _Bench:
         return score_bits(perturbation_entropies_bits(probabilities), "strip"), self.bare(images)
 
     def unshared(self, images: NDArray[np.uint8]) -> Any:
-        """Run the fused graph with the sentinel's beginning in every blend."""
+        """Run the fused graph with the sentinel's beginning, and all of the rest, in every blend."""
         return self._unshared.run(None, {"image": images})
+
+    def whole(self, images: NDArray[np.uint8]) -> Any:
+        """Run the fused graph where nothing exits early."""
+        return self._whole.run(None, {"image": images})
 
     def fused(self, images: NDArray[np.uint8]) -> Any:
         """Run the fused graph."""

@@ -14,7 +14,9 @@ from rich.table import Table
 
 from benchmarks.speed.contenders import BARE, CONTENDERS, ENSEMBLE, FUSED, NAIVE
 
-_COLOURS = dict(zip(CONTENDERS, ("#333333", "#a8a8a8", "#9a6a2f", "#14507a", "#5aa7d6"), strict=True))
+_COLOURS = dict(
+    zip(CONTENDERS, ("#333333", "#a8a8a8", "#9a6a2f", "#14507a", "#5aa7d6", "#d3b483", "#86b77e"), strict=True)
+)
 
 
 def ratios(rounds: list[dict[str, dict[str, float]]], contender: str, figure: str) -> list[float]:
@@ -61,7 +63,7 @@ def served_table(served: list[dict[str, Any]]) -> Table:
 
 def offline_table(offline: dict[str, list[float]]) -> Table:
     """Return what STRIP costs an image without a server."""
-    table = Table("", "ms an image", "/ bare", "/ ours, fused", title="Without a server, one image, M = 1283, N = 10")
+    table = Table("", "ms an image", "/ bare", "/ ours, fused", title="STRIP without a server, N = 10, clean faces")
     for name, times in offline.items():
         by_bare, by_ours = (
             statistics.median(own / other for own, other in zip(times, offline[unit], strict=True))
@@ -73,7 +75,7 @@ def offline_table(offline: dict[str, list[float]]) -> Table:
 
 def varied_table(varied: dict[str, list[dict[str, float]]]) -> Table:
     """Return what an image costs by number of overlays, batch and classes."""
-    table = Table("", "", "ensemble / bare", "fused / bare", title="Without a server, nothing exits early")
+    table = Table("", "", "ensemble / bare", "fused / bare", title="STRIP without a server, nothing exits early")
     for name, rows in varied.items():
         for row in rows:
             table.add_row(name, f"{row[name]:g}", f"{row[ENSEMBLE]:.1f}", f"{row[FUSED]:.1f}")

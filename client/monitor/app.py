@@ -1,8 +1,7 @@
-"""The monitor's HTTP side: metrics, health, and feedback."""
+"""The monitor's HTTP side: metrics, health, feedback and the quarantine."""
 
 from __future__ import annotations
 
-import hmac
 import json
 import logging
 import re
@@ -13,12 +12,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
+from client.monitor.access import Access, answer
 from client.monitor.health import Health
 from client.monitor.logs import log
-from client.monitor.metrics import MonitorMetrics
+from client.monitor.quarantine import QuarantineRoutes, QuarantineView
 from client.monitor.record import TRUTHS, VERDICTS, Added, Feedback, FeedbackRecord
 from detector.errors import InputError, RecordError
 
@@ -33,24 +33,23 @@ class MonitorApp:
     Args:
         health: what `/livez` and `/readyz` tell.
         record: where feedback goes.
-        metrics: where refusals are counted.
+        access: who may give it.
         registry: what `/metrics` shows.
-        feedback_token: what a caller must know to give feedback; None lets nobody.
+        quarantine: what is shown of rejected inputs; None shows none.
     """
 
     def __init__(
         self,
         health: Health,
         record: FeedbackRecord,
-        metrics: MonitorMetrics,
+        access: Access,
         registry: CollectorRegistry,
-        feedback_token: str | None,
+        quarantine: QuarantineView | None = None,
     ) -> None:
         self._health = health
         self._record = record
-        self._metrics = metrics
+        self._access = access
         self._registry = registry
-        self._token = feedback_token
         self.asgi = Starlette(
             routes=[
                 Route("/metrics", self._show_metrics),
@@ -58,6 +57,7 @@ class MonitorApp:
                 Route("/readyz", self._ready),
                 Route("/v1/feedback", self._take_feedback, methods=["POST"]),
                 Route("/v1/feedback/{request_id}", self._show_feedback),
+                *([] if quarantine is None else QuarantineRoutes(quarantine, access).routes),
             ]
         )
 
@@ -66,75 +66,57 @@ class MonitorApp:
 
     async def _live(self, _: Request) -> Response:
         status = self._health.status()
-        return _answer(200 if status.live else 503, live=status.live, why="" if status.live else status.why)
+        return answer(200 if status.live else 503, live=status.live, why="" if status.live else status.why)
 
     async def _ready(self, _: Request) -> Response:
         status = self._health.status()
-        return _answer(200 if status.ready else 503, ready=status.ready, why=status.why)
+        return answer(200 if status.ready else 503, ready=status.ready, why=status.why)
 
     async def _take_feedback(self, request: Request) -> Response:
-        if (refusal := self._refusal(request)) is not None:
+        if (refusal := self._access.refusal(request)) is not None:
             return refusal
         try:
             with anyio.fail_after(_BODY_SECONDS):
                 body = await _read_body(request)
         except TimeoutError:
-            return self._refused("too_slow", 408, f"the body did not come within {_BODY_SECONDS:g} seconds")
+            return self._access.refused(
+                request, "too_slow", 408, f"the body did not come within {_BODY_SECONDS:g} seconds"
+            )
         except ClientDisconnect:
-            return self._refused("malformed", 400, "the caller left before the body was whole")
+            return self._access.refused(request, "malformed", 400, "the caller left before the body was whole")
         if body is None:
-            return self._refused("too_large", 413, f"body: expected at most {_MOST_BODY_BYTES} bytes")
+            return self._access.refused(request, "too_large", 413, f"body: expected at most {_MOST_BODY_BYTES} bytes")
         try:
             feedback = read_feedback(body)
         except InputError as error:
-            return self._refused("malformed", 422, str(error))
+            return self._access.refused(request, "malformed", 422, str(error))
         try:
             added = await run_in_threadpool(self._record.add, feedback)
         except RecordError as error:
             log(logging.ERROR, "feedback was not recorded", request_id=feedback.request_id, why=str(error))
-            return self._refused("unrecorded", 503, str(error), {"Retry-After": "10"})
+            return self._access.refused(request, "unrecorded", 503, str(error), {"Retry-After": "10"})
         if added is Added.CONFLICT:
-            return self._refused(
+            return self._access.refused(
+                request,
                 "conflict",
                 409,
                 f"request_id: other feedback on {feedback.request_id!r} is in the record, which stays as it is; see "
                 f"GET /v1/feedback/{feedback.request_id}",
             )
-        return _answer(201 if added is Added.NEW else 200, **vars(feedback), counted=added is Added.NEW)
+        return answer(201 if added is Added.NEW else 200, **vars(feedback), counted=added is Added.NEW)
 
     async def _show_feedback(self, request: Request) -> Response:
-        if (refusal := self._refusal(request)) is not None:
+        if (refusal := self._access.refusal(request)) is not None:
             return refusal
         request_id = request.path_params["request_id"]
         try:
             feedback = await run_in_threadpool(self._record.get, request_id)
         except RecordError as error:
             log(logging.ERROR, "feedback could not be read", request_id=request_id, why=str(error))
-            return _answer(503, error=str(error))
+            return answer(503, error=str(error))
         if feedback is None:
-            return _answer(404, error=f"request_id: there is no feedback on {request_id!r}")
-        return _answer(200, **vars(feedback))
-
-    def _refusal(self, request: Request) -> Response | None:
-        """Return the answer to a caller who may not give feedback; None to one who may."""
-        if self._token is None:
-            return self._refused("disabled", 403, "feedback: the monitor has no token for it, so nobody may give any")
-        given = request.headers.get("authorization", "").encode("latin-1")
-        # Digests of equal length, compared in constant time: how long it takes tells nothing of the token.
-        if not _same(given, f"Bearer {self._token}".encode()):
-            return self._refused(
-                "unauthorized",
-                401,
-                "authorization: expected Bearer and the feedback token",
-                {"WWW-Authenticate": "Bearer"},
-            )
-        return None
-
-    def _refused(self, reason: str, status: int, error: str, headers: dict[str, str] | None = None) -> Response:
-        self._metrics.refusals.labels(reason).inc()
-        # Whatever is left of the body is not read: it may have no end.
-        hang_up = {"Connection": "close"} if status in (401, 403, 408, 413) else {}
-        return JSONResponse({"error": error}, status, hang_up | (headers or {}))
+            return answer(404, error=f"request_id: there is no feedback on {request_id!r}")
+        return answer(200, **vars(feedback))
 
 
 def read_feedback(body: bytes) -> Feedback:
@@ -176,11 +158,3 @@ async def _read_body(request: Request) -> bytes | None:
         if len(body) > _MOST_BODY_BYTES:
             return None
     return body
-
-
-def _same(given: bytes, expected: bytes) -> bool:
-    return hmac.compare_digest(hmac.digest(b"feedback", given, "sha256"), hmac.digest(b"feedback", expected, "sha256"))
-
-
-def _answer(status: int, **fields: Any) -> Response:
-    return JSONResponse(fields, status)

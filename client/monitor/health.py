@@ -82,7 +82,6 @@ class Health:
         self._answered_at: float | None = None
         self._failing_since: float | None = None
         self._unhealed = ""
-        self._stopped = ""
         self._in_vain_at: float | None = None
         self._said_at = 0.0
         metrics.ready.set_function(lambda: float(self.status().ready))
@@ -92,10 +91,10 @@ class Health:
         """Return how the server is now."""
         now = self._clock()
         with self._lock:
-            whys = [self._stopped, self._unhealed, self._last.why if self._last else "no canary was sent yet"]
+            whys = [self._unhealed, self._last.why if self._last else "no canary was sent yet"]
             since, answered_at = self._failing_since, self._answered_at
             ready = self._last is not None and self._last.kind is None
-            live = not (self._stopped or self._unhealed)
+            live = not self._unhealed
         if answered_at is not None and now - answered_at > self._stale_after_seconds:
             ready = False
             whys.append(f"the last verdict came {now - answered_at:.0f} seconds ago")
@@ -117,11 +116,6 @@ class Health:
             log(logging.WARNING, "no broken model was found", why=str(error))
             helped = False
         self._in_vain_at = None if helped else now
-
-    def stopped(self, why: str) -> None:
-        """Take note that nobody calls `round` any more: nothing that was found is true for long."""
-        with self._lock:
-            self._stopped = why
 
     def _send(self) -> Outcome:
         outcome = self._sender.send()
@@ -188,12 +182,20 @@ class Watch:
 
     Args:
         health: what is called.
+        failed: called if the thread fails, after which nobody sends canaries any more.
         interval_seconds: from the beginning of a round to that of the next, unless a round takes longer.
         clock: seconds that never jump.
     """
 
-    def __init__(self, health: Health, interval_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        health: Health,
+        interval_seconds: float,
+        failed: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._health = health
+        self._failed = failed
         self._interval_seconds = interval_seconds
         self._clock = clock
         self._ended = threading.Event()
@@ -216,6 +218,5 @@ class Watch:
                 self._health.round()
                 at = max(at + self._interval_seconds, self._clock())  # what was missed is not sent in a burst
         except Exception:
-            self._health.stopped("the monitor failed, see its log")
             logging.getLogger("stripwire.monitor").critical("the monitor failed", exc_info=True)
-            raise
+            self._failed()

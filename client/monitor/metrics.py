@@ -18,7 +18,7 @@ ERROR_KINDS = ("unavailable", "deadline", "denied", "rejected", "mismatch", "fai
 RELOAD_REASONS = ("died", "failed", "absent")
 """What was wrong with a model that was loaded again, see `client.monitor.diagnosis`."""
 
-REFUSALS = ("unauthorized", "disabled", "too_large", "too_slow", "malformed", "conflict", "unrecorded")
+REFUSALS = ("unauthorized", "disabled", "cross_site", "too_large", "too_slow", "malformed", "conflict", "unrecorded")
 """Why feedback was not taken."""
 
 MODELS = ("guarded", *dict.fromkeys(model for models in BEHIND.values() for model in models))

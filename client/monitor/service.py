@@ -13,14 +13,17 @@ from prometheus_client import CollectorRegistry
 
 from client.api import GuardedClient
 from client.control import control_headers
+from client.monitor.access import Access
 from client.monitor.app import MonitorApp
+from client.monitor.drift import DriftCollector
 from client.monitor.health import Health, Watch
 from client.monitor.logs import log
 from client.monitor.metrics import FeedbackCollector, MonitorMetrics
+from client.monitor.quarantine import QuarantineCollector, QuarantineView
 from client.monitor.record import FeedbackRecord
 from client.monitor.sender import CanarySender
 from client.monitor.settings import MonitorSettings
-from detector.errors import InputError
+from detector.errors import InputError, ServerError
 from samples.canaries import read_canaries
 
 _DRAIN_SECONDS = 10
@@ -36,6 +39,7 @@ def run_monitor(settings: MonitorSettings, find_control_token: Callable[[], str 
 
     Raises:
         InputError: canary file, record, address or an option cannot be used; nothing was started then.
+        ServerError: it failed by itself.
     """
     canaries = read_canaries(settings.canaries)
 
@@ -57,6 +61,11 @@ def run_monitor(settings: MonitorSettings, find_control_token: Callable[[], str 
         FeedbackRecord(settings.record) as record,
     ):
         registry.register(FeedbackCollector(record))
+        if settings.metrics_url is not None:
+            registry.register(DriftCollector(settings.metrics_url))
+        view = None if settings.quarantine is None else QuarantineView(settings.quarantine, record)
+        if view is not None:
+            registry.register(QuarantineCollector(view))
         health = Health(
             sender,
             connect,
@@ -65,7 +74,8 @@ def run_monitor(settings: MonitorSettings, find_control_token: Callable[[], str 
             stale_after_seconds=interval + 3 * settings.timeout_seconds,
             dead_after_seconds=settings.dead_after_seconds,
         )
-        app = MonitorApp(health, record, metrics, registry, _secret(settings.feedback_token))
+        access = Access(_secret(settings.feedback_token), metrics)
+        app = MonitorApp(health, record, access, registry, view)
         config = uvicorn.Config(
             app.asgi,
             log_config=None,
@@ -84,11 +94,21 @@ def run_monitor(settings: MonitorSettings, find_control_token: Callable[[], str 
             trojaned_canaries=int(canaries.trojaned.sum()),
             feedback_in_record=sum(record.counts().values()),
             takes_feedback=settings.feedback_token is not None,
+            quarantine=settings.quarantine,
         )
         server = uvicorn.Server(config)
-        with _ended_by_signals(server), Watch(health, interval):
+        failures = []
+
+        def failed() -> None:
+            # A monitor that sends no canaries is of no use, and must not have the server started anew for it.
+            failures.append("the monitor failed, see its log")
+            server.should_exit = True
+
+        with _ended_by_signals(server), Watch(health, interval, failed):
             server.run(sockets=[listener])
     log(logging.INFO, "stopped")
+    if failures:
+        raise ServerError(failures[0])
 
 
 def _client(

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -30,10 +31,16 @@ class MonitorSettings(BaseSettings):
     )
 
     canaries: Path
-    """Canary file, see `samples.canaries`."""
+    """Canary file, see `samples.canaries`; or the model repository that is served, whose active version's is taken."""
 
     record: Path = Path("stripwire-feedback.sqlite")
     """The record of feedback; made if there is none. On a disk that outlives the monitor."""
+
+    quarantine: Path | None = None
+    """Folder where the server keeps rejected inputs, its `STRIPWIRE_QUARANTINE`; who may give feedback sees them."""
+
+    metrics_url: str | None = None
+    """Triton's metrics, such as http://127.0.0.1:8002/metrics; with them, the monitor tells how far entropies drift."""
 
     listen: str = "127.0.0.1:8003"
     """`host:port` to listen on, `[address]:port` for IPv6; port 0 for a free one."""
@@ -86,6 +93,17 @@ class MonitorSettings(BaseSettings):
         if token is not None and not re.fullmatch(r"[!-~]{16,}", token.get_secret_value()):
             raise ValueError("at least 16 printable ASCII characters without blanks")
         return token
+
+    @field_validator("metrics_url")
+    @classmethod
+    def _is_a_url(cls, url: str | None) -> str | None:
+        try:
+            usable = url is None or (httpx.URL(url).scheme in ("http", "https") and httpx.URL(url).host != "")
+        except httpx.InvalidURL:
+            usable = False
+        if not usable:
+            raise ValueError("a URL such as http://127.0.0.1:8002/metrics")
+        return url
 
     @property
     def address(self) -> tuple[str, int]:

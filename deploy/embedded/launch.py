@@ -10,6 +10,11 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
+def bound_to_us(*command: str) -> list[str]:
+    """Return a command that runs `command`, an absolute path and its arguments, until this process dies."""
+    return [sys.executable, __file__, str(os.getpid()), *command]
+
+
 def main(arguments: list[str]) -> None:
     """Ask the kernel for SIGTERM at the parent's death, then replace this process by the program."""
     parent, *command = arguments

@@ -31,8 +31,10 @@ from uuid import uuid4
 import psutil
 
 from deploy.embedded.control_file import write_control_token
+from deploy.embedded.launch import bound_to_us
 from deploy.embedded.tls import ServerTls
 from detector.errors import InputError, ServerError, ServerStartError, SetupError
+from detector.quarantine import FOLDER_VARIABLE
 from detector.serving import CONTROL_KEY, MODES, SENTINEL
 from model_repository.manifest import verify_repository
 
@@ -191,6 +193,8 @@ class EmbeddedTriton:
         control_token: what a caller must know to have the server load another version; None for a random one. It is
             left in a file that this user alone can read, see `deploy.embedded.control_file`.
         tls: of gRPC; HTTP, which has none, then listens on the loopback address alone. None is plaintext.
+        quarantine: folder where the server keeps what it rejects, see `detector.quarantine`; None leaves that to the
+            environment, whose STRIPWIRE_QUARANTINE says the same.
         startup_timeout_seconds: how long the models may take to load.
 
     Raises:
@@ -209,6 +213,7 @@ class EmbeddedTriton:
         metrics_port: int = 0,
         control_token: str | None = None,
         tls: ServerTls | None = None,
+        quarantine: Path | None = None,
         startup_timeout_seconds: float = 120.0,
     ) -> None:
         if mode not in MODES:
@@ -225,6 +230,7 @@ class EmbeddedTriton:
         self._tls = tls
         self._http_host = host if tls is None else _LOOPBACK  # Triton speaks no HTTPS
         self._ports = choose_ports(host, {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port})
+        self.quarantine = None if quarantine is None else quarantine.resolve()
         self._startup_timeout_seconds = startup_timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._work_folder: Path | None = None
@@ -353,10 +359,7 @@ class EmbeddedTriton:
         # Triton starts its Python stubs by a command line in which a blank ends an argument.
         repository = work_folder / "repository"
         repository.symlink_to(self.repository, target_is_directory=True)
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("launch.py")),
-            str(os.getpid()),
+        command = bound_to_us(
             str(triton.executable),
             f"--model-repository={repository}",
             f"--backend-directory={backends}",
@@ -378,7 +381,7 @@ class EmbeddedTriton:
             f"--load-model={SENTINEL}",  # which a fused graph holds inside, where nobody can ask it
             f"--grpc-restricted-protocol={_RESTRICTED}={self.control_token}",
             f"--http-restricted-api={_RESTRICTED}={self.control_token}",
-        ]
+        )
         if self._tls is not None:
             command += self._tls.options
         if self.mode != "block":
@@ -389,7 +392,7 @@ class EmbeddedTriton:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(triton),
+                env=_environment(triton, self.quarantine),
                 start_new_session=True,
             )
 
@@ -499,8 +502,10 @@ def error_lines(log: str, most: int = 20) -> str:
     return "\n".join((telling or lines)[-most:]) or "(it printed nothing)"
 
 
-def _environment(triton: TritonInstallation) -> dict[str, str]:
+def _environment(triton: TritonInstallation, quarantine: Path | None = None) -> dict[str, str]:
     environment = dict(os.environ)
+    if quarantine is not None:
+        environment[FOLDER_VARIABLE] = str(quarantine)
     libraries = [str(folder) for folder in triton.library_folders]
     if inherited := environment.get("LD_LIBRARY_PATH"):
         libraries.append(inherited)

@@ -77,7 +77,7 @@ def _rows() -> dict[str, list[list[Panel]]]:
         "FAR and FRR": [_errors("canaries", "stripwire_canary_total"), _errors("feedback", "stripwire_feedback_total")],
         "Entropy": [_entropy()],
         "Canaries": [_canaries(), _health()],
-        "Feedback": [_feedback()],
+        "Feedback and quarantine": [_feedback(), _quarantine()],
         "Triton": [_triton(), _machine()],
     }
 
@@ -232,6 +232,32 @@ def _feedback() -> list[Panel]:
             "All that the monitor has on its disk.",
             "short",
             Query(ask.RECORD, "{{truth}}, {{verdict}}"),
+        ),
+    ]
+
+
+def _quarantine() -> list[Panel]:
+    return [
+        _lines(
+            "Rejections by score",
+            "Live inputs a second that each score rejects: the entropy of the blends, that of the input as it came, "
+            "how little the repaired network believes (nll). Several may reject the same input.",
+            "suffix: inputs/s",
+            Query(ask.REJECTIONS, "{{score}}"),
+        ),
+        _lines(
+            "Inputs in the quarantine",
+            "Rejected inputs that are kept, by what somebody found out. Those that are not labelled wait for a look.",
+            "short",
+            Query(ask.QUARANTINE, "{{truth}}"),
+        ),
+        _lines(
+            "Kept and dropped",
+            "Rejected inputs a second that were kept, and that were not, by why: too many at once (busy), larger than "
+            "all that may be kept, or a disk that fails.",
+            "suffix: inputs/s",
+            Query(ask.KEPT, "kept"),
+            Query(ask.DROPPED, "dropped: {{reason}}"),
         ),
     ]
 

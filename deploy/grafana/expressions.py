@@ -148,6 +148,12 @@ FEEDBACK = added("stripwire_feedback_total", by="truth, verdict")
 REFUSALS = added("stripwire_feedback_refused_total", by="reason")
 RECORD = _summed(selected("stripwire_feedback_total"), by="truth, verdict")
 
+# Quarantine.
+REJECTIONS = per_second("stripwire_rejections_total", _LIVE, by="score")
+QUARANTINE = _summed(selected("stripwire_quarantine_inputs"), by="truth")
+KEPT = per_second("stripwire_quarantine_kept_total")
+DROPPED = per_second("stripwire_quarantine_dropped_total", by="reason")
+
 # Triton.
 _REQUESTS = per_second("nv_inference_request_success", by="model")
 _COMPOSING_REQUESTS = per_second("nv_inference_request_success", _COMPOSING, by="model")

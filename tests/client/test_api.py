@@ -1,25 +1,24 @@
 from __future__ import annotations
 
-import shutil
+import gc
+import re
 import subprocess
 import sys
-import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+from prometheus_client import REGISTRY, CollectorRegistry
 from tritonclient.utils import InferenceServerException
 
 from client.api import ERROR_OF_STATUS, GuardedClient, TlsOptions
+from client.metrics import OUTCOME_OF_ERROR
 from detector.errors import (
     AccessDeniedError,
     DataError,
@@ -29,120 +28,10 @@ from detector.errors import (
     ServerError,
     ServerUnavailableError,
 )
+from tests.client.conftest import Connect
+from tests.client.double import CLASSES, SHAPE, Server, images_of
 
-CLASSES = 5
-SHAPE = (4, 3, 3)
 FAILURES = [status for status in grpc.StatusCode if status is not grpc.StatusCode.OK]
-
-
-@dataclass
-class Inference:
-    """What the server saw of one request."""
-
-    model: str
-    batch: NDArray[Any]
-    outputs: list[str]
-    headers: dict[str, str]
-
-
-@dataclass
-class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """A KServe v2 server that answers by rules simple enough to predict.
-
-    Of an image whose first pixel is p: label p % CLASSES, entropy p / 10, p-value p / 255, trojaned if p >= 200.
-    """
-
-    max_batch_size: int = 64
-    classes: int = CLASSES
-    delays_seconds: dict[int, float] = field(default_factory=dict)  # by a request's first pixel
-    failures: deque[tuple[grpc.StatusCode, str]] = field(default_factory=deque)
-    metadata_failures: deque[tuple[grpc.StatusCode, str]] = field(default_factory=deque)
-    replace_outputs: dict[str, Any] = field(default_factory=dict)
-    input_datatype: str = "UINT8"
-    ready: bool = True
-    inferences: list[Inference] = field(default_factory=list)
-    metadata_calls: int = 0
-    running: int = 0
-    most_running: int = 0
-    abandoned: int = 0
-    url: str = ""
-    lock: Any = field(default_factory=threading.Lock)
-
-    def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
-        self.fail(self.metadata_failures, context)
-        return service_pb2.ServerReadyResponse(ready=self.ready)
-
-    def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
-        return service_pb2.ModelReadyResponse(ready=self.ready)
-
-    def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self.metadata_calls += 1
-        self.fail(self.metadata_failures, context)
-        response = service_pb2.ModelMetadataResponse(name=request.name, versions=["1", "2"])
-        if request.name == "guarded":
-            response.inputs.add(name="image", datatype=self.input_datatype, shape=[-1, *SHAPE])
-            response.outputs.add(name="label", datatype="INT32", shape=[-1, 1])
-            response.outputs.add(name="probabilities", datatype="FP32", shape=[-1, self.classes])
-        else:
-            response.inputs.add(name="perturbations", datatype="FP32", shape=[-1, -1, *SHAPE])
-            response.outputs.add(name="sentinel_probabilities", datatype="FP32", shape=[-1, -1, self.classes])
-        return response
-
-    def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
-        config = model_config_pb2.ModelConfig(name=request.name, max_batch_size=self.max_batch_size)
-        return service_pb2.ModelConfigResponse(config=config)
-
-    def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
-        (tensor,) = request.inputs
-        dtype = {"UINT8": np.uint8, "FP32": np.float32}[tensor.datatype]
-        batch = np.frombuffer(request.raw_input_contents[0], dtype).reshape(tensor.shape)
-        with self.lock:
-            headers = dict(context.invocation_metadata())
-            names = [output.name for output in request.outputs]
-            self.inferences.append(Inference(request.model_name, batch, names, headers))
-            self.running += 1
-            self.most_running = max(self.most_running, self.running)
-        try:
-            time.sleep(self.delays_seconds.get(int(batch.flat[0]), 0.0))
-            self.fail(self.failures, context)
-        finally:
-            with self.lock:
-                self.running -= 1
-                self.abandoned += not context.is_active()
-        first = batch.reshape(len(batch), -1)[:, :1]
-        one_hot = np.eye(self.classes, dtype=np.float32)[first[:, 0].astype(int) % self.classes]
-        answers: dict[str, NDArray[Any]] = {
-            "label": (first % self.classes).astype(np.int32),
-            "trojaned": first >= 200,
-            "entropy": (first / 10).astype(np.float32),
-            "p_value": (first / 255).astype(np.float32),
-            "perturbations": (first % 11).astype(np.int32),
-            "probabilities": one_hot,
-            "sentinel_probabilities": one_hot[:, None],
-        } | self.replace_outputs
-        datatypes = {"int32": "INT32", "bool": "BOOL", "float32": "FP32", "int64": "INT64"}
-        response = service_pb2.ModelInferResponse(model_name=request.model_name, model_version="1")
-        for name in names:
-            if answers[name] is not None:
-                array = answers[name]
-                response.outputs.add(name=name, datatype=datatypes[array.dtype.name], shape=array.shape)
-                response.raw_output_contents.append(b"" if array.size == 0 else array.tobytes())
-        return response
-
-    def fail(self, failures: deque[tuple[grpc.StatusCode, str]], context: Any) -> None:
-        with self.lock:
-            failure = failures.popleft() if failures else None
-        if failure is not None:
-            context.abort(*failure)
-
-    def start(self, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None) -> grpc.Server:
-        server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, server)
-        add_port = server.add_insecure_port if credentials is None else server.add_secure_port
-        port = add_port(address, *([] if credentials is None else [credentials]))
-        self.url = f"{address.rpartition(':')[0]}:{port}"
-        server.start()
-        return server
 
 
 @pytest.fixture
@@ -154,15 +43,9 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def client(server: Server) -> Iterator[GuardedClient]:
-    with GuardedClient(server.url, sleep=lambda _: None) as opened:
+def client(connect: Connect, server: Server) -> Iterator[GuardedClient]:
+    with connect(server.url, sleep=lambda _: None) as opened:
         yield opened
-
-
-def images_of(first_pixels: list[int] | range) -> NDArray[np.uint8]:
-    images = np.zeros((len(first_pixels), *SHAPE), np.uint8)
-    images[:, 0, 0, 0] = list(first_pixels)
-    return images
 
 
 # Classifying
@@ -210,10 +93,10 @@ def test_more_images_than_the_server_takes_are_split_and_stay_in_order(client: G
     assert progress == [(4, 30), (8, 30), (12, 30), (16, 30), (20, 30), (24, 30), (28, 30), (30, 30)]
 
 
-def test_no_more_requests_are_in_flight_than_the_window_allows(server: Server) -> None:
+def test_no_more_requests_are_in_flight_than_the_window_allows(connect: Connect, server: Server) -> None:
     server.max_batch_size = 1
     server.delays_seconds = dict.fromkeys(range(9), 0.05)
-    with GuardedClient(server.url, window=3) as client:
+    with connect(server.url, window=3) as client:
         client.classify(images_of(range(9)))
     assert 1 < server.most_running <= 3
 
@@ -267,6 +150,152 @@ def test_images_need_not_be_contiguous(client: GuardedClient) -> None:
     assert client.classify(images_of([1, 2, 3])[::-1]).labels.tolist() == [3, 2, 1]
 
 
+# Request ids
+
+
+def test_every_verdict_has_the_id_of_its_request_and_the_row_in_it(client: GuardedClient, server: Server) -> None:
+    verdicts = client.classify(images_of(range(3)))
+    (sent,) = server.inferences
+    assert re.fullmatch("[0-9a-f]{32}", sent.request_id)
+    assert verdicts.request_ids == (f"{sent.request_id}.0", f"{sent.request_id}.1", f"{sent.request_id}.2")
+    assert [verdict.request_id for verdict in verdicts] == list(verdicts.request_ids)
+
+
+def test_each_request_of_a_call_has_an_id_of_its_own(client: GuardedClient, server: Server) -> None:
+    server.max_batch_size = 2
+    verdicts = client.classify(images_of(range(5)))
+    client.original_probabilities(images_of(range(4)))
+    ids = {int(sent.batch.flat[0]): sent.request_id for sent in server.inferences if sent.model == "guarded"}
+    assert verdicts.request_ids == (f"{ids[0]}.0", f"{ids[0]}.1", f"{ids[2]}.0", f"{ids[2]}.1", f"{ids[4]}.0")
+    assert len({sent.request_id for sent in server.inferences}) == 3 + 2
+
+
+@pytest.mark.parametrize("given", ["a", "order_4711.page:2-x", "x" * 100])
+def test_a_given_id_is_the_request_s(client: GuardedClient, server: Server, given: str) -> None:
+    assert client.classify(images_of([1, 2]), request_id=given).request_ids == (f"{given}.0", f"{given}.1")
+    assert [sent.request_id for sent in server.inferences] == [given]
+
+
+def test_the_requests_under_one_given_id_are_numbered(client: GuardedClient, server: Server) -> None:
+    server.max_batch_size = 2
+    verdicts = client.classify(images_of(range(5)), request_id="7f3a")
+    assert verdicts.request_ids == ("7f3a-0.0", "7f3a-0.1", "7f3a-1.0", "7f3a-1.1", "7f3a-2.0")
+    assert {int(sent.batch.flat[0]): sent.request_id for sent in server.inferences} == {
+        0: "7f3a-0",
+        2: "7f3a-1",
+        4: "7f3a-2",
+    }
+
+
+def test_a_request_that_is_sent_again_keeps_its_id(client: GuardedClient, server: Server) -> None:
+    server.failures.extend([(grpc.StatusCode.UNAVAILABLE, "busy")] * 2)
+    verdicts = client.classify(images_of([1]))
+    assert [f"{sent.request_id}.0" for sent in server.inferences] == list(verdicts.request_ids) * 3
+
+
+@pytest.mark.parametrize("given", ["", "x" * 101, "two words", "a/b", "../up", "ü", "line\n", 7])
+def test_an_id_that_cannot_name_a_request_is_refused(client: GuardedClient, server: Server, given: Any) -> None:
+    with pytest.raises(InputError, match=r"request_id: got .*, expected 1 to 100 letters, digits or any of"):
+        client.classify(images_of([1]), request_id=given)
+    assert server.inferences == []
+
+
+# Metrics
+
+
+def samples(registry: CollectorRegistry) -> dict[str, float]:
+    """Return what is counted, by name and label, without histogram buckets and creation times."""
+    return {
+        " ".join([sample.name.removeprefix("stripwire_client_"), *sample.labels.values()]): sample.value
+        for metric in registry.collect()
+        for sample in metric.samples
+        if not sample.name.endswith(("_created", "_bucket", "_sum"))
+    }
+
+
+def test_every_count_is_there_from_the_start(connect: Connect, server: Server) -> None:
+    registry = CollectorRegistry()
+    connect(server.url, registry=registry).close()
+    outcomes = ("answered", "unavailable", "deadline", "denied", "rejected", "failed", "cancelled")
+    assert samples(registry) == {
+        **dict.fromkeys((f"requests_total {outcome}" for outcome in outcomes), 0),
+        "request_seconds_count": 0,
+        "inputs_total accepted": 0,
+        "inputs_total rejected": 0,
+        "retries_total": 0,
+    }
+
+
+def test_requests_verdicts_and_retries_are_counted(connect: Connect, server: Server) -> None:
+    registry = CollectorRegistry()
+    server.max_batch_size = 2
+    server.delays_seconds = {0: 0.2}
+    with connect(server.url, registry=registry, sleep=lambda _: None) as client:
+        client.metadata()
+        asked = samples(registry)["requests_total answered"]
+        server.failures.extend([(grpc.StatusCode.UNAVAILABLE, "busy")] * 2)
+        client.classify(images_of([0, 200, 255, 4, 5]))
+        client.classify(images_of([255]), canary=True)
+        counted = samples(registry)
+        assert counted["requests_total answered"] == asked + 4
+        assert counted["request_seconds_count"] == 4
+        assert counted["inputs_total accepted"] == 3
+        assert counted["inputs_total rejected"] == 2  # but for the canary
+        assert counted["retries_total"] == 2
+        seconds = registry.get_sample_value("stripwire_client_request_seconds_sum")
+        assert seconds is not None
+        assert 0.2 <= seconds < 20
+
+
+@pytest.mark.parametrize("status", FAILURES, ids=lambda status: status.name)
+def test_every_failure_is_counted_by_its_kind(connect: Connect, server: Server, status: grpc.StatusCode) -> None:
+    registry = CollectorRegistry()
+    with connect(server.url, registry=registry, sleep=lambda _: None) as client:
+        client.metadata()
+        before = samples(registry)
+        server.failures.extend([(status, "no")] * 9)
+        with pytest.raises(ServerError):
+            client.classify(images_of([1]))
+        grown = {name: count - before[name] for name, count in samples(registry).items() if count != before[name]}
+    assert grown.pop("retries_total", 0) == (4 if status is grpc.StatusCode.UNAVAILABLE else 0)
+    assert grown == {f"requests_total {OUTCOME_OF_ERROR[ERROR_OF_STATUS[status]]}": 1}
+
+
+def test_what_is_given_up_because_another_request_failed_is_counted_too(connect: Connect, server: Server) -> None:
+    registry = CollectorRegistry()
+    server.max_batch_size = 1
+    with connect(server.url, registry=registry) as client:
+        client.metadata()
+        server.failures.append((grpc.StatusCode.INTERNAL, "stub is not healthy"))
+        server.delays_seconds = dict.fromkeys(range(1, 50), 0.3)
+        with pytest.raises(ServerError):
+            client.classify(images_of(range(50)))
+    counted = samples(registry)
+    assert (counted["requests_total failed"], counted["requests_total cancelled"]) == (1, 3)
+
+
+def test_clients_may_share_a_registry(connect: Connect, server: Server) -> None:
+    registry = CollectorRegistry()
+    for _ in range(2):
+        with connect(server.url, registry=registry) as client:
+            client.classify(images_of([1, 2]))
+    assert samples(registry)["inputs_total accepted"] == 4
+
+
+def test_without_a_registry_nothing_is_registered(client: GuardedClient) -> None:
+    client.classify(images_of([1]))
+    assert not [metric.name for metric in REGISTRY.collect() if metric.name.startswith("stripwire_client")]
+
+
+def test_the_metrics_go_with_their_registry() -> None:
+    registry = CollectorRegistry()
+    GuardedClient("127.0.0.1:1", registry=registry).close()
+    gone = weakref.ref(registry)
+    del registry
+    gc.collect()
+    assert gone() is None
+
+
 # About the server
 
 
@@ -299,8 +328,8 @@ def test_readiness_is_what_the_server_says(client: GuardedClient, server: Server
     assert client.is_ready() is ready
 
 
-def test_an_absent_server_is_not_ready() -> None:
-    with GuardedClient("127.0.0.1:1") as client:
+def test_an_absent_server_is_not_ready(connect: Connect) -> None:
+    with connect("127.0.0.1:1") as client:
         assert client.is_ready() is False
 
 
@@ -350,11 +379,11 @@ def test_only_unavailability_is_tried_again(client: GuardedClient, server: Serve
         assert len(server.inferences) == (5 if status is grpc.StatusCode.UNAVAILABLE else 1), status
 
 
-def test_a_passing_unavailability_goes_unnoticed_and_the_pauses_grow(server: Server) -> None:
+def test_a_passing_unavailability_goes_unnoticed_and_the_pauses_grow(connect: Connect, server: Server) -> None:
     server.metadata_failures.append((grpc.StatusCode.UNAVAILABLE, "starting"))
     server.failures.extend([(grpc.StatusCode.UNAVAILABLE, "busy")] * 4)
     pauses: list[float] = []
-    with GuardedClient(server.url, sleep=pauses.append) as client:
+    with connect(server.url, sleep=pauses.append) as client:
         assert client.classify(images_of([9])).labels.tolist() == [4]
     assert len(pauses) == 5
     for pause, least in zip(pauses[1:], (0.2, 0.4, 0.8, 1.6), strict=True):
@@ -368,23 +397,23 @@ def test_batches_that_met_an_unavailable_server_still_come_back_in_order(client:
     assert verdicts.labels.tolist() == [pixel % CLASSES for pixel in range(20)]
 
 
-def test_retries_stop_before_the_timeout_would_pass(server: Server) -> None:
+def test_retries_stop_before_the_timeout_would_pass(connect: Connect, server: Server) -> None:
     server.failures.extend([(grpc.StatusCode.UNAVAILABLE, "busy")] * 99)
     pauses: list[float] = []
-    client = GuardedClient(server.url, retries=50, timeout_seconds=1.0, sleep=pauses.append)
+    client = connect(server.url, retries=50, timeout_seconds=1.0, sleep=pauses.append)
     with client, pytest.raises(ServerUnavailableError):
         client.classify(images_of([1]))
     assert all(pause < 1.0 for pause in pauses)
     assert len(pauses) < 4
 
 
-def test_an_absent_server_is_named_along_with_the_way_to_start_one() -> None:
-    client = GuardedClient("127.0.0.1:1", sleep=lambda _: None)
+def test_an_absent_server_is_named_along_with_the_way_to_start_one(connect: Connect) -> None:
+    client = connect("127.0.0.1:1", sleep=lambda _: None)
     with client, pytest.raises(ServerUnavailableError, match=r"127\.0\.0\.1:1: .*stripwire serve"):
         client.classify(images_of([1]))
 
 
-def test_a_server_that_comes_up_late_is_found(server: Server) -> None:
+def test_a_server_that_comes_up_late_is_found(connect: Connect, server: Server) -> None:
     late = Server()
     port = server.url.rpartition(":")[2]
     late_address = f"127.0.0.2:{port}"
@@ -395,13 +424,13 @@ def test_a_server_that_comes_up_late_is_found(server: Server) -> None:
             started.append(late.start(late_address))
         time.sleep(seconds)
 
-    with GuardedClient(late_address, sleep=start_then_wait) as client:
+    with connect(late_address, sleep=start_then_wait) as client:
         assert client.classify(images_of([2])).labels.tolist() == [2]
     started[0].stop(grace=None).wait()
 
 
-def test_an_answer_that_takes_too_long_is_given_up(server: Server) -> None:
-    with GuardedClient(server.url, timeout_seconds=0.3) as client:
+def test_an_answer_that_takes_too_long_is_given_up(connect: Connect, server: Server) -> None:
+    with connect(server.url, timeout_seconds=0.3) as client:
         client.metadata()
         server.delays_seconds[1] = 0.8
         with pytest.raises(DeadlineExceededError, match=r"'guarded' did not answer within 0\.3 s"):
@@ -505,57 +534,33 @@ def test_a_closed_client_says_so(client: GuardedClient) -> None:
         ({"headers": {"key": "line\nbreak"}}, "headers: got 'key'"),
     ],
 )
-def test_options_that_cannot_be_used_are_refused(options: dict[str, Any], complaint: str) -> None:
+def test_options_that_cannot_be_used_are_refused(connect: Connect, options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
-        GuardedClient(**options)
+        connect(**options)
 
 
-def test_the_token_travels_as_a_bearer_header_along_with_other_headers(server: Server) -> None:
-    with GuardedClient(server.url, token="secret", headers={"Triton-Grpc-Protocol-Key": "k"}) as client:  # noqa: S106
+def test_the_token_travels_as_a_bearer_header_along_with_other_headers(connect: Connect, server: Server) -> None:
+    with connect(server.url, token="secret", headers={"Triton-Grpc-Protocol-Key": "k"}) as client:  # noqa: S106
         client.classify(images_of([1]))
     assert server.inferences[0].headers["authorization"] == "Bearer secret"
     assert server.inferences[0].headers["triton-grpc-protocol-key"] == "k"
 
 
 @pytest.mark.parametrize("secrets", [{"token": "secret"}, {"headers": {"triton-grpc-protocol-key": "secret"}}])
-def test_secrets_do_not_go_to_another_machine_in_plaintext(secrets: dict[str, Any]) -> None:
+def test_secrets_do_not_go_to_another_machine_in_plaintext(connect: Connect, secrets: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="not encrypted") as caught:
-        GuardedClient("triton.example:8001", **secrets)
+        connect("triton.example:8001", **secrets)
     assert "secret" not in str(caught.value).replace("secrets", "")
-    GuardedClient("triton.example:8001", **secrets, allow_plaintext_secrets=True).close()
-    GuardedClient("triton.example:8001", **secrets, tls=TlsOptions()).close()
-    GuardedClient("triton.example:8001").close()
+    connect("triton.example:8001", **secrets, allow_plaintext_secrets=True).close()
+    connect("triton.example:8001", **secrets, tls=TlsOptions()).close()
+    connect("triton.example:8001").close()
 
 
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:8001", "127.8.0.1:8001", "[::1]:8001", "localhost:8001", "unix:/run/t.sock"]
 )
-def test_this_machine_may_get_the_token_in_plaintext(url: str) -> None:
-    GuardedClient(url, token="secret").close()  # noqa: S106
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, a server certificate for `stripwire.test` and a client certificate."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("needs the openssl command")
-    folder = tmp_path_factory.mktemp("certificates")
-
-    def run(*arguments: str) -> None:
-        subprocess.run([openssl, *arguments], cwd=folder, check=True, capture_output=True)
-
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    run("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=test authority", "-days", "2")
-    for name in ("server", "client"):
-        (folder / f"{name}.ext").write_text("subjectAltName=DNS:stripwire.test\n")
-        run("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        run(
-            *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial"),
-            *("-out", f"{name}.crt", "-extfile", f"{name}.ext", "-days", "2"),
-        )
-    run("pkcs8", "-topk8", "-in", "client.key", "-out", "locked.key", "-passout", "pass:secret")
-    return folder
+def test_this_machine_may_get_the_token_in_plaintext(connect: Connect, url: str) -> None:
+    connect(url, token="secret").close()  # noqa: S106
 
 
 @pytest.fixture
@@ -568,31 +573,35 @@ def mutual_tls_server(certificates: Path) -> Iterator[Server]:
     running.stop(grace=None).wait()
 
 
-def test_mutual_tls_carries_requests_and_the_token(mutual_tls_server: Server, certificates: Path) -> None:
+def test_mutual_tls_carries_requests_and_the_token(
+    connect: Connect, mutual_tls_server: Server, certificates: Path
+) -> None:
     tls = TlsOptions(
         root_certificates=certificates / "ca.crt",
         private_key=certificates / "client.key",
         certificate_chain=certificates / "client.crt",
         server_name="stripwire.test",
     )
-    with GuardedClient(mutual_tls_server.url, tls=tls, token="secret") as client:  # noqa: S106
+    with connect(mutual_tls_server.url, tls=tls, token="secret") as client:  # noqa: S106
         assert client.classify(images_of([6])).labels.tolist() == [1]
     assert mutual_tls_server.inferences[0].headers["authorization"] == "Bearer secret"
 
 
 def test_without_a_certificate_a_mutual_tls_server_is_out_of_reach(
-    mutual_tls_server: Server, certificates: Path
+    connect: Connect, mutual_tls_server: Server, certificates: Path
 ) -> None:
     tls = TlsOptions(root_certificates=certificates / "ca.crt", server_name="stripwire.test")
-    with GuardedClient(mutual_tls_server.url, tls=tls, retries=0) as client, pytest.raises(ServerUnavailableError):
+    with connect(mutual_tls_server.url, tls=tls, retries=0) as client, pytest.raises(ServerUnavailableError):
         client.classify(images_of([6]))
 
 
-def test_a_server_with_another_name_is_not_trusted(mutual_tls_server: Server, certificates: Path) -> None:
+def test_a_server_with_another_name_is_not_trusted(
+    connect: Connect, mutual_tls_server: Server, certificates: Path
+) -> None:
     tls = TlsOptions(
         certificates / "ca.crt", certificates / "client.key", certificates / "client.crt", server_name="other.test"
     )
-    with GuardedClient(mutual_tls_server.url, tls=tls, retries=0) as client, pytest.raises(ServerUnavailableError):
+    with connect(mutual_tls_server.url, tls=tls, retries=0) as client, pytest.raises(ServerUnavailableError):
         client.classify(images_of([6]))
 
 
@@ -614,9 +623,9 @@ def test_tls_files_are_checked_beforehand(certificates: Path, files: dict[str, s
         TlsOptions(**paths)
 
 
-def test_another_machine_gets_no_images_in_shared_memory() -> None:
+def test_another_machine_gets_no_images_in_shared_memory(connect: Connect) -> None:
     with (
-        GuardedClient("192.0.2.1:8001") as client,
+        connect("192.0.2.1:8001") as client,
         pytest.raises(InputError, match=r"shared memory: 192\.0\.2\.1:8001 is another machine"),
     ):
         client.classify(np.zeros((1, 2, 2, 1), np.uint8), shared_memory=True)

@@ -48,6 +48,7 @@ class FakeClient:
             perturbations=np.full(len(rows), 10, np.int32),
             probabilities=np.eye(CLASSES, dtype=np.float32)[[row[1] for row in rows]] if probabilities else None,
             classes=CLASSES,
+            request_ids=tuple(f"request.{row}" for row in range(len(rows))),
         )
 
     def original_probabilities(

@@ -12,7 +12,7 @@ import pytest
 
 from detector.errors import RepositoryError
 from detector.live_metrics import CANARY_KEY, LiveMetrics
-from detector.scores import Thresholds
+from detector.scores import SCORES, Thresholds
 from detector.serving import verdict_stage
 from tests.detector.test_serving import arguments, opinions, write_detector
 from tests.detector.triton import MetricFamily, PbUtils, request
@@ -77,6 +77,12 @@ def test_inputs_are_counted_by_hand(found: Found) -> None:
     metrics.count(
         canary=np.array([False, False, False, True]),
         trojaned=np.array([True, False, True, False]),
+        rejecting={
+            "entropy": np.array([True, False, False, False]),
+            "plain_entropy": np.array([True, False, False, False]),
+            "nll": np.array([False, False, False, False]),
+            "not_finite": np.array([False, False, True, False]),
+        },
         bits=np.array([0.5, 0.75, np.nan, 3.0], np.float32),
         perturbations=np.array([10, 6, 10, 6], np.int32),
         labels=np.array([2, 0, 2, 1], np.int32),
@@ -86,6 +92,11 @@ def test_inputs_are_counted_by_hand(found: Found) -> None:
         ("live", "accepted", "block"): 1,
         ("live", "rejected", "block"): 2,
         ("canary", "accepted", "block"): 1,
+    }
+    assert found("rejections_total") == {
+        ("live", "entropy"): 1,
+        ("live", "plain_entropy"): 1,
+        ("live", "not_finite"): 1,
     }
     buckets = {("live", "0.5"): 1, ("live", "1"): 2, ("live", "+Inf"): 2, ("canary", "+Inf"): 1}
     assert found("entropy_bits_bucket") == buckets
@@ -125,8 +136,8 @@ def test_what_could_not_be_handed_over_is_kept(found: Found, capsys: pytest.Capt
         increment(value)
 
     counter.increment = fails_first  # type: ignore[method-assign]
-    one = np.ones(1, bool), np.zeros(1, bool), np.ones(1), np.array([7], np.int32), np.zeros(1, np.int32)
-    metrics.count(~one[0], *one[1:])
+    no, ran, label = np.zeros(1, bool), np.array([7], np.int32), np.zeros(1, np.int32)
+    metrics.count(no, no, dict.fromkeys(SCORES, no), np.ones(1), ran, label)
     time.sleep(0.6)
     metrics.close()
     assert found("perturbations_total") == {("live",): 7}

@@ -30,7 +30,9 @@ def arguments(folder: Path, mode: str | None = "block", kind: str = "CPU") -> di
         "model_version": "1",
         "model_instance_kind": kind,
         "model_instance_device_id": "0",
-        "model_config": json.dumps({"parameters": parameters, "output": [{"name": "probabilities", "dims": [3]}]}),
+        "model_config": json.dumps(
+            {"parameters": parameters, "input": [], "output": [{"name": "probabilities", "dims": [3]}]}
+        ),
     }
 
 

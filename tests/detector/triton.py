@@ -34,6 +34,11 @@ class InferenceRequest:
     inputs: Sequence[Tensor]
     outputs: Sequence[str]
     sent: str = ""
+    name: str = ""
+
+    def request_id(self) -> str:
+        """Return what the caller named it, or nothing."""
+        return self.name
 
     def parameters(self) -> str:
         """Return the request's parameters, JSON, or nothing where there are none."""
@@ -94,6 +99,7 @@ class PbUtils:
         return next((tensor for tensor in request.inputs if tensor.name() == name), None)
 
 
-def request(outputs: Sequence[str], sent: str = "", **inputs: Any) -> InferenceRequest:
+def request(outputs: Sequence[str], sent: str = "", request_id: str = "", **inputs: Any) -> InferenceRequest:
     """Return a request for `outputs` with the arrays given by name, and with parameters."""
-    return InferenceRequest([Tensor(name, np.asarray(array)) for name, array in inputs.items()], outputs, sent)
+    tensors = [Tensor(name, np.asarray(array)) for name, array in inputs.items()]
+    return InferenceRequest(tensors, outputs, sent, request_id)

@@ -16,9 +16,11 @@ from prometheus_client import CollectorRegistry
 
 from client.api import GuardedClient
 from client.monitor import app as app_module
+from client.monitor.access import Access
 from client.monitor.app import MonitorApp, read_feedback
 from client.monitor.health import Health
 from client.monitor.metrics import ERROR_KINDS, MODELS, REFUSALS, RELOAD_REASONS, FeedbackCollector, MonitorMetrics
+from client.monitor.quarantine import QuarantineView
 from client.monitor.record import TRUTHS, VERDICTS, Feedback, FeedbackRecord
 from client.monitor.sender import CanarySender
 from detector.errors import InputError
@@ -34,7 +36,7 @@ def record(tmp_path: Path) -> Iterator[FeedbackRecord]:
         yield opened
 
 
-def listening(record: FeedbackRecord, token: str | None) -> Iterator[httpx.Client]:
+def listening(record: FeedbackRecord, token: str | None, view: QuarantineView | None = None) -> Iterator[httpx.Client]:
     """Yield what asks a monitor without a server behind it."""
     registry, sent = CollectorRegistry(), canaries(frr_upper=0.08)
     metrics = MonitorMetrics(registry, sent)
@@ -45,7 +47,7 @@ def listening(record: FeedbackRecord, token: str | None) -> Iterator[httpx.Clien
 
     sender = CanarySender(sent, connect, metrics)
     health = Health(sender, connect, connect, metrics, stale_after_seconds=10, dead_after_seconds=120)
-    served = MonitorApp(health, record, metrics, registry, token).asgi
+    served = MonitorApp(health, record, Access(token, metrics), registry, view).asgi
     server = uvicorn.Server(uvicorn.Config(served, log_config=None, lifespan="off"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
@@ -169,7 +171,7 @@ def test_without_the_token_nothing_is_taken_or_shown(http: httpx.Client, authori
         assert answer.headers["www-authenticate"] == "Bearer"
         assert TOKEN not in answer.text
     assert recorded(http) == 0
-    assert refused(http) == {"unauthorized": 2}
+    assert refused(http) == {"unauthorized": 1}  # of feedback, not of looking
 
 
 def test_a_monitor_without_a_token_takes_feedback_from_nobody(http_without_token: httpx.Client) -> None:

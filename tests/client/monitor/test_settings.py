@@ -49,6 +49,8 @@ def test_an_empty_variable_is_none_at_all(monkeypatch: pytest.MonkeyPatch) -> No
         ({"listen": "8003"}, "listen: got '8003', expected host:port such as"),
         ({"listen": "a:70000"}, "listen: got 'a:70000'"),
         ({"listen": "[::g]:1"}, r"listen: got '\[::g\]:1'"),
+        ({"metrics_url": "http://localhost:metrics/metrics"}, "metrics url: got 'http://localhost:metrics/metrics'"),
+        ({"metrics_url": "http://[::1/metrics"}, r"metrics url: .*\(--metrics-url or STRIPWIRE_METRICS_URL\)"),
         ({"unknown": 1}, "unknown: got 1"),
     ],
 )

@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import tritonclient.grpc as triton_grpc
 
-from benchmarks.scaling import balanced
 from client.api import GuardedClient
 from client.control import control_headers
 from deploy.embedded.server import EmbeddedTriton
@@ -105,17 +103,11 @@ def test_what_sigterm_cuts_off_is_told_that_it_may_be_sent_again(repository: Pat
 def test_with_retries_another_server_takes_over_and_no_request_is_lost(repository: Path, end: str) -> None:
     with ExitStack() as running:
         servers = [running.enter_context(EmbeddedTriton(repository)) for _ in range(2)]
-        client = running.enter_context(balanced(servers))
-
-        def ask() -> list[int]:
-            given = triton_grpc.InferInput("image", IMAGES.shape, "UINT8").set_data_from_numpy(IMAGES)
-            answer = client.infer("guarded", [given], outputs=[triton_grpc.InferRequestedOutput("label")])
-            found: list[int] = answer.as_numpy("label").ravel().tolist()
-            return found
-
+        both = f"ipv4:{','.join(server.grpc_address for server in servers)}"
+        client = running.enter_context(GuardedClient(both))
         for _ in range(4):  # until both are connected
-            ask()
-        with loaded(ask) as load:
+            labels(client)
+        with loaded(lambda: labels(client)) as load:
             time.sleep(1.0)
             before = load.answered()
             process = psutil.Process(servers[0].process_id)

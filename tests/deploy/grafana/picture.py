@@ -25,11 +25,12 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MultipleLocator, Perc
 from numpy.typing import NDArray
 
 from deploy.embedded.server import EmbeddedTriton
+from deploy.prometheus.local import LocalPrometheus
 from exporter.badnet import BadNetOptions, train_badnet
 from exporter.export import Data, ExportOptions, export
 from samples.hdf5 import read_hdf5, write_hdf5
 from tests.deploy.grafana import board
-from tests.deploy.grafana.scene import Prometheus, scene, wait_until
+from tests.deploy.grafana.scene import scene, wait_until
 
 OUTPUT = Path(__file__).parents[3] / "docs" / "dashboard.png"
 VARIABLES = {"namespace": ".*", "pod": ".*", "window": "2m", "__rate_interval": "15s"}
@@ -55,7 +56,7 @@ class Line:
 class Record:
     """What Prometheus knows of a stretch of time, in seconds since 1970."""
 
-    prometheus: Prometheus
+    prometheus: LocalPrometheus
     start: float
     end: float
 
@@ -198,7 +199,10 @@ def main() -> None:
             repository,
             ExportOptions(),
         )
-        with EmbeddedTriton(repository) as server, scene(server, repository, data, folder) as running:
+        with (
+            EmbeddedTriton(repository, quarantine=folder / "quarantine") as server,
+            scene(server, repository, data, folder) as running,
+        ):
             start = time.time()
             wait_until(start + options.seconds / 3)
             running.traffic.share = 0.5

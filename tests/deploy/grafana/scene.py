@@ -2,101 +2,46 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
 
 from client.api import GuardedClient
 from deploy.embedded.server import EmbeddedTriton, choose_ports
+from deploy.prometheus.local import LocalPrometheus, find_program
+from detector.errors import SetupError
 from exporter.canaries import canaries_for
 from model_repository.manifest import read_manifest
 from samples.canaries import choose_canaries, write_canaries
 from samples.hdf5 import read_hdf5
-from tests.client.monitor.conftest import Monitor, monitoring, wait_for
+from tests.client.monitor.conftest import Monitor, monitoring
 from tests.conftest import skip_or_fail
 
 Images = NDArray[np.uint8]
-Result = list[dict[str, Any]]
-
-_CONFIGURATION = """
-global: {{scrape_interval: 1s}}
-scrape_configs:
-"""
-_JOB = """
-  - job_name: {name}
-    static_configs: [{{targets: ['{address}']}}]
-"""
-
-
-@dataclass(frozen=True)
-class Prometheus:
-    """A running Prometheus.
-
-    Attributes:
-        http: asks it.
-    """
-
-    http: httpx.Client
-
-    def now(self, expression: str) -> Result:
-        """Return what an expression is at this moment."""
-        return self._ask("query", query=expression)
-
-    def over(self, expression: str, start: float, end: float, step: float) -> Result:
-        """Return what an expression was from `start` to `end`, in seconds since 1970, every `step` seconds."""
-        return self._ask("query_range", query=expression, start=start, end=end, step=step)
-
-    def _ask(self, kind: str, **question: Any) -> Result:
-        answer = self.http.post(f"/api/v1/{kind}", data=question).json()
-        assert answer["status"] == "success", (answer, question["query"])
-        result: Result = answer["data"]["result"]
-        return result
 
 
 def find(program: str) -> str:
     """Return the path of a program of Debian's package `prometheus`; skip, or fail in CI, where there is none."""
-    path = shutil.which(program)
-    if path is None:
-        skip_or_fail(f"there is no {program}: apt-get install prometheus")
-    return str(path)
+    try:
+        return find_program(program)
+    except SetupError as error:
+        skip_or_fail(str(error))
+        raise
 
 
 @contextmanager
-def prometheus(folder: Path, jobs: Mapping[str, str]) -> Iterator[Prometheus]:
+def prometheus(folder: Path, jobs: Mapping[str, str]) -> Iterator[LocalPrometheus]:
     """Run a Prometheus that scrapes `jobs`, addresses by name, once a second; all it writes is in `folder`."""
-    program = find("prometheus")
+    find("prometheus")
     port = choose_ports("127.0.0.1", {"Prometheus": 0})["Prometheus"]
-    scraped = "".join(_JOB.format(name=name, address=address) for name, address in jobs.items())
-    (folder / "prometheus.yml").write_text(_CONFIGURATION.format() + scraped)
-    command = [program, "--config.file=prometheus.yml", "--storage.tsdb.path=data"]
-    command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
-    with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
-            wait_for(lambda: _is_ready(http) or process.poll() is not None)
-            assert process.poll() is None, (folder / "prometheus.log").read_text()
-            yield Prometheus(http)
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-def _is_ready(http: httpx.Client) -> bool:
-    try:
-        return http.get("/-/ready").status_code == 200
-    except httpx.TransportError:
-        return False
+    with LocalPrometheus(folder, jobs, port=port) as running:
+        yield running
 
 
 class Traffic(threading.Thread):
@@ -150,7 +95,7 @@ class Scene:
         traffic: what is sent.
     """
 
-    prometheus: Prometheus
+    prometheus: LocalPrometheus
     traffic: Traffic
 
 
@@ -173,7 +118,8 @@ def scene(server: EmbeddedTriton, repository: Path, data: Path, folder: Path) ->
     if canaries.far_upper is None:  # an export without trojaned images knows none
         canaries = replace(canaries, far_upper=0.05)
     write_canaries(folder / "canaries.npz", canaries)
-    with monitoring(folder / "canaries.npz", server.grpc_address, "--canaries-per-minute", "240") as monitor:
+    options: list[str | Path] = ["--canaries-per-minute", "240", "--quarantine", server.quarantine or folder]
+    with monitoring(folder / "canaries.npz", server.grpc_address, *options) as monitor:
         jobs = {"triton": server.metrics_address, "monitor": monitor.http.base_url.netloc.decode()}
         with prometheus(folder, jobs) as running:
             traffic = Traffic(server, monitor, clean, trojaned)

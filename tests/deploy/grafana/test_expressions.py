@@ -16,9 +16,10 @@ from scipy.stats import binomtest
 
 from deploy.embedded.server import EmbeddedTriton
 from deploy.grafana import expressions as ask
+from deploy.prometheus.local import LocalPrometheus
 from tests.client.monitor.conftest import wait_for
 from tests.deploy.grafana import board
-from tests.deploy.grafana.scene import Prometheus, Scene, find, scene
+from tests.deploy.grafana.scene import Scene, find, scene
 
 NO_GPU = "the server of the tests has no GPU, and is told to export no metrics of any"
 EXEMPT = dict.fromkeys((ask.GPU_UTILISATION, ask.GPU_MEMORY_USED, ask.GPU_MEMORY_TOTAL), NO_GPU)
@@ -34,13 +35,13 @@ def running(
         yield ready
 
 
-def numbers(asked: Prometheus, expression: str) -> list[float]:
+def numbers(asked: LocalPrometheus, expression: str) -> list[float]:
     """Return the numbers that an expression is now; what is not a number is no answer."""
     values = [float(series["value"][1]) for series in asked.now(board.substituted(expression))]
     return [value for value in values if not math.isnan(value)]
 
 
-def number(asked: Prometheus, expression: str) -> float:
+def number(asked: LocalPrometheus, expression: str) -> float:
     (value,) = numbers(asked, expression)
     return value
 

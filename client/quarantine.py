@@ -1,0 +1,140 @@
+"""Asks a monitor about the inputs that were rejected, and tells it what they were."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from detector.errors import AccessDeniedError, InputError, RequestRejectedError, ServerError, ServerUnavailableError
+
+_TIMEOUT_SECONDS = 30.0
+
+
+class QuarantineClient:
+    """The quarantine behind one monitor.
+
+    Args:
+        url: of the monitor, such as http://127.0.0.1:8003; https to another machine.
+        token: the monitor's feedback token.
+
+    Raises:
+        InputError: the URL cannot be used, there is no token, or it would travel in plaintext to another machine.
+    """
+
+    def __init__(self, url: str, token: str | None) -> None:
+        try:
+            address = httpx.URL(url)
+        except httpx.InvalidURL:
+            address = httpx.URL()
+        if address.scheme not in ("http", "https") or not address.host:
+            raise InputError(f"monitor: got {url!r}, expected a URL such as http://127.0.0.1:8003")
+        if not token:
+            raise InputError("feedback token: got none, expected the monitor's (STRIPWIRE_FEEDBACK_TOKEN)")
+        if not re.fullmatch(r"[!-~]+", token):
+            raise InputError("feedback token: expected printable ASCII characters without blanks")
+        local = _is_loopback(address.host)
+        if address.scheme == "http" and not local:
+            raise InputError(
+                f"monitor: {url} is another machine and the connection is not encrypted, so anybody on the way could "
+                "read token and images; use https, or forward the port to this machine"
+            )
+        self._url = url.rstrip("/")
+        headers = {"Authorization": f"Bearer {token}"}
+        # A proxy that the environment names would be another machine.
+        self._http = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=not local)
+
+    def __enter__(self) -> QuarantineClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def listing(self, *, limit: int = 1000, labelled: bool = True) -> dict[str, Any]:
+        """Return the newest inputs, and how many there are; see `client.monitor.quarantine.QuarantineView.listing`.
+
+        Args:
+            limit: the most inputs, 1..1000.
+            labelled: also those of which somebody has said what they are.
+
+        Raises:
+            InputError, ServerError: no usable answer.
+        """
+        return self._json("GET", "/v1/quarantine", params={"limit": limit, "labelled": str(labelled).lower()})
+
+    def find(self, request_id: str) -> dict[str, Any]:
+        """Return what is known of an input, the newest of that name.
+
+        Raises:
+            InputError: there is none of that name, or no more.
+            ServerError: no usable answer.
+        """
+        found = self._json("GET", "/v1/quarantine", params={"request_id": request_id, "limit": 1})
+        for about in found["inputs"]:
+            return dict(about)
+        raise InputError(
+            f"request id: {request_id!r} is not in the quarantine, or no more: the oldest inputs go. `stripwire "
+            "quarantine list --all` shows those that are"
+        )
+
+    def picture(self, key: str) -> bytes:
+        """Return the image of an input as PNG; raises as `listing` does."""
+        return self._ask("GET", f"/v1/quarantine/{quote(key, safe='')}.png").content
+
+    def label(self, key: str, truth: str) -> bool:
+        """Record what the input of a key was, `clean` or `trojaned`; return whether that is new.
+
+        Raises:
+            InputError: the record says otherwise, and stays as it is.
+            ServerError: it was not recorded.
+        """
+        feedback = {"request_id": key, "truth": truth, "verdict": "rejected"}
+        return self._ask("POST", "/v1/feedback", json=feedback).status_code == 201
+
+    def _json(self, method: str, path: str, **given: Any) -> dict[str, Any]:
+        answer = self._ask(method, path, **given)
+        try:
+            found: dict[str, Any] = answer.json()
+        except ValueError as error:
+            raise ServerError(f"monitor: {self._url} is no monitor of ours: it answers no JSON") from error
+        return found
+
+    def _ask(self, method: str, path: str, **given: Any) -> httpx.Response:
+        try:
+            answer = self._http.request(method, path, **given)
+        except httpx.HTTPError as error:
+            raise ServerUnavailableError(
+                f"monitor: {self._url} does not answer ({error}); is this where `stripwire monitor` listens?"
+            ) from error
+        if answer.is_success:
+            return answer
+        said = _error_in(answer)
+        if answer.status_code in (401, 403):
+            raise AccessDeniedError(f"monitor: {said} (STRIPWIRE_FEEDBACK_TOKEN)")
+        if answer.status_code == 404:
+            raise ServerError(f"monitor: {said}; was it started with --quarantine?")
+        if answer.status_code == 409:
+            raise InputError(f"monitor: {said}")
+        if answer.status_code == 422:
+            raise RequestRejectedError(f"monitor: {said}")
+        raise ServerError(f"monitor: {said}")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _error_in(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"{answer.url.path} was answered with status {answer.status_code}"

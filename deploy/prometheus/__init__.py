@@ -1,0 +1,1 @@
+"""What Prometheus records and alerts on, and a Prometheus on this machine."""

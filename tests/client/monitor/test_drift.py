@@ -1,0 +1,145 @@
+"""Drift is the greatest gap between live entropies and those of calibration, as the server's own metrics tell them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from client.api import GuardedClient
+from client.monitor.drift import DriftCollector, Snapshot
+from deploy.embedded.server import EmbeddedTriton
+from tests.client.monitor.conftest import SHAPE, wait_for
+
+BOUNDS = (0.5, 1.0, 2.0)
+
+
+class Page:
+    """A page of metrics, served over HTTP, that can be set."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.status = 200
+        page = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(page.status)
+                self.end_headers()
+                self.wfile.write(page.text.encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/metrics"
+
+    def show(self, live: list[float], shares: list[float], canary: int = 0) -> None:
+        """Show how many live inputs are at or under each bound, the last of which is infinity, and what is clean."""
+        lines = ["# TYPE stripwire_entropy_bits_bucket counter"]
+        for traffic, counts in (("live", live), ("canary", [canary] * 4)):
+            for bound, count in zip((*BOUNDS, "+Inf"), counts, strict=True):
+                lines.append(f'stripwire_entropy_bits_bucket{{traffic="{traffic}",le="{bound}"}} {count}')
+        lines.append("# TYPE stripwire_calibration_entropy_share gauge")
+        for bound, share in zip(BOUNDS, shares, strict=True):
+            lines.append(f'stripwire_calibration_entropy_share{{le="{bound}"}} {share}')
+        self.text = "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    shown = Page()
+    thread = threading.Thread(target=shown.server.serve_forever)
+    thread.start()
+    yield shown
+    shown.server.shutdown()
+    thread.join()
+    shown.server.server_close()
+
+
+class Clock:
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def asked(collector: DriftCollector) -> dict[str, float]:
+    return {family.name: family.samples[0].value for family in collector.collect()}
+
+
+def test_the_distance_is_that_of_kolmogorov_and_smirnov() -> None:
+    generator = np.random.default_rng(0)
+    clean, live = generator.gamma(2.0, 0.5, 400), generator.gamma(2.0, 0.7, 300)
+    bounds = np.sort(clean)  # at every step of the one, and none of the other
+    shares = {float(bound): float(np.mean(clean <= bound)) for bound in bounds}
+    counts = {float(bound): float(np.sum(live <= bound)) for bound in bounds} | {np.inf: 300.0}
+    distance, inputs = Snapshot(counts, shares).distance(Snapshot({}, shares))
+    assert inputs == 300
+    assert distance == pytest.approx(stats.ks_2samp(clean, live).statistic, abs=1 / 300)
+
+
+def test_only_live_inputs_of_the_last_hour_count(page: Page) -> None:
+    clock, shares = Clock(), [0.1, 0.5, 0.9]
+    collector = DriftCollector(page.url, clock=clock)
+    page.show([500, 500, 500, 500], shares, canary=7)
+    assert asked(collector) == {"stripwire_entropy_drift_inputs": 0}
+    clock.seconds += 60
+    page.show([505, 525, 545, 550], shares, canary=9000)
+    assert asked(collector) == {"stripwire_entropy_drift_inputs": 50}  # too few to say
+    clock.seconds += 60
+    page.show([510, 550, 590, 600], shares)
+    assert asked(collector) == {"stripwire_entropy_drift": pytest.approx(0.0), "stripwire_entropy_drift_inputs": 100}
+    clock.seconds += 3600
+    page.show([610, 650, 690, 700], shares)
+    assert asked(collector)["stripwire_entropy_drift"] == pytest.approx(0.9)
+    clock.seconds += 3600
+    page.show([620, 690, 780, 800], shares)
+    assert asked(collector)["stripwire_entropy_drift"] == pytest.approx(0.1)
+
+
+def test_a_server_or_a_version_that_is_new_begins_anew(page: Page) -> None:
+    clock = Clock()
+    collector = DriftCollector(page.url, clock=clock)
+    for live, shares, inputs in (
+        ([100, 100, 100, 1000], [0.1, 0.5, 0.9], 0),
+        ([300, 300, 300, 1500], [0.1, 0.5, 0.9], 500),
+        ([10, 10, 10, 20], [0.1, 0.5, 0.9], 0),  # it was started anew
+        ([10, 10, 10, 220], [0.1, 0.5, 0.9], 200),
+        ([10, 10, 10, 230], [0.2, 0.5, 0.9], 0),  # it was calibrated anew
+        ([10, 10, 10, 240], [float("nan"), 0.5, 0.9], 0),
+    ):
+        clock.seconds += 60
+        page.show(list(live), list(shares))
+        assert asked(collector)["stripwire_entropy_drift_inputs"] == inputs
+
+
+@pytest.mark.parametrize(("text", "status"), [("", 503), ("no metrics {", 200)])
+def test_without_an_answer_nothing_is_told(page: Page, text: str, status: int) -> None:
+    page.text, page.status = text, status
+    assert asked(DriftCollector(page.url)) == {}
+
+
+def test_nobody_there_is_no_answer() -> None:
+    assert asked(DriftCollector("http://127.0.0.1:1/metrics")) == {}
+
+
+def test_no_proxy_is_asked(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    page.show([0, 0, 0, 0], [0.1, 0.5, 0.9])
+    assert asked(DriftCollector(page.url)) == {"stripwire_entropy_drift_inputs": 0}
+
+
+def test_a_real_server_is_understood(ensemble: EmbeddedTriton) -> None:
+    clock = Clock()
+    collector = DriftCollector(f"http://{ensemble.metrics_address}/metrics", clock=clock)
+    assert asked(collector) == {"stripwire_entropy_drift_inputs": 0}
+    clock.seconds += 60
+    with GuardedClient(ensemble.grpc_address) as client:
+        client.classify(np.random.default_rng(0).integers(0, 256, (150, *SHAPE), dtype=np.uint8))
+    wait_for(lambda: asked(collector).get("stripwire_entropy_drift_inputs") == 150)
+    assert 0 < asked(collector)["stripwire_entropy_drift"] <= 1
