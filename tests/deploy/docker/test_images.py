@@ -1,4 +1,4 @@
-"""The Dockerfile is linted, and every image is locked down. `try_images.py` builds and starts two of them."""
+"""The Dockerfile is linted, and every image is locked down. `try_images.py` builds and starts three of them."""
 
 from __future__ import annotations
 

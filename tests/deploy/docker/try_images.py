@@ -1,6 +1,6 @@
-"""Builds the images `monitor` and `embedded` without a container engine, starts both, and has one watch the other.
+"""Builds `exporter`, `embedded` and `monitor` without a container engine: one exports, one serves it, one watches that.
 
-    apt-get install buildah debootstrap
+    apt-get install buildah debootstrap iproute2
     python -m tests.deploy.docker.try_images                      # as root; further options go to `buildah build`
 
 The base is no public image but a Debian bookworm made by debootstrap. Each image runs in namespaces of its own, as its
@@ -10,6 +10,7 @@ own user, on a root file system that is mounted read-only, with /tmp and /dev/sh
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shlex
 import signal
@@ -31,6 +32,7 @@ from samples.canaries import Canaries, write_canaries
 ROOT = Path(__file__).parents[3]
 BASE = "localhost/stripwire-base:bookworm"
 USER = 10001
+_CLONE_NEWNET = 0x40000000  # unshare(2)
 _SHAPE, _CLASSES = (8, 7, 3), 5
 _PACKAGES = "python3,python3-venv,python3-pip,libpython3.11,ca-certificates"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -51,31 +53,62 @@ exec chroot --userspec={user}:{user} --groups= {root} env --ignore-environment {
 
 
 def main(options: list[str]) -> None:
-    """Build, start, watch, stop, and say what was seen."""
+    """Build, export, serve, watch, stop, and say what was seen."""
     make_base()
+    for image in ("exporter", "embedded", "monitor"):
+        build(image, options)
     with tempfile.TemporaryDirectory(prefix="stripwire-images-") as folder:
-        models, data = Path(folder) / "models", Path(folder) / "data"
-        data.mkdir()
-        _write_repository(models)
-        images = np.random.default_rng(7).integers(0, 256, (6, *_SHAPE), dtype=np.uint8)
-        write_canaries(data / "canaries.npz", Canaries(images, np.arange(6) >= 4, _CLASSES))
+        data = Path(folder)
+        write_data(data)
         subprocess.run(["chown", "--recursive", f"{USER}:{USER}", folder], check=True)  # noqa: S607
-        for image in ("monitor", "embedded"):
-            build(image, options)
-        with container("embedded") as (embedded, healthy), embedded({models: "/models:ro"}) as server:
-            wait_for("the server is healthy", lambda: healthy() == 0, 120)
-            show_confinement(server)
-            with container("monitor") as (monitor, watching):
-                settings = {"STRIPWIRE_CANARIES": "/data/canaries.npz", "STRIPWIRE_CANARIES_PER_MINUTE": "600"}
-                with monitor({data: "/data"}, settings) as process:
-                    wait_for("the monitor is ready", lambda: _ready() == 200, 60)
-                    print("  /readyz:", httpx.get("http://127.0.0.1:8003/readyz").text)
-                    assert watching() == 0, "the health check of the monitor fails"
-                    show_confinement(process)
-                    metrics = httpx.get("http://127.0.0.1:8003/metrics").text
-                    for line in metrics.splitlines():
-                        if line.startswith("stripwire_canary_total"):
-                            print(" ", line)
+        export(data)
+        enter_pod()
+        serve_and_watch(data)
+
+
+def write_data(folder: Path) -> None:
+    """Write a network, clean images that it is right about, and canaries."""
+    from tests.networks import images_of, shaken, small_network
+
+    network = shaken(small_network(_SHAPE, _CLASSES))
+    network.save(folder / "model.keras")
+    images = images_of(_SHAPE, 600, seed=1)
+    labels = network.predict(images / np.float32(255), verbose=0).argmax(axis=1)
+    np.savez(folder / "clean.npz", images=images, labels=labels)
+    canaries = images_of(_SHAPE, 6, seed=2)
+    write_canaries(folder / "canaries.npz", Canaries(canaries, np.arange(6) >= 4, _CLASSES))
+
+
+def export(data: Path) -> None:
+    """Run the image `exporter` as a job in `data`, which leaves `repository` there."""
+    with container("exporter") as (exporter, _):
+        arguments = ["export", "model.keras", "--clean", "clean.npz", "--output", "repository"]
+        arguments += ["--repair", "none", "--detector", "strip"]
+        with exporter({data: "/data"}, arguments=arguments, ends_by_itself=True) as process:
+            show_confinement(process)
+
+
+def enter_pod() -> None:
+    """Give this process, and what it starts from now on, a network of its own that has nothing but a loopback."""
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "a network namespace cannot be made")
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)  # noqa: S607
+
+
+def serve_and_watch(data: Path) -> None:
+    """Run the image `embedded` on what was exported, and `monitor` beside it, until a canary got its verdict."""
+    with container("embedded") as (embedded, healthy), embedded({data / "repository": "/models:ro"}) as server:
+        wait_for("the server is healthy", lambda: healthy() == 0, 120)
+        show_confinement(server)
+        settings = {"STRIPWIRE_CANARIES": "/data/canaries.npz", "STRIPWIRE_CANARIES_PER_MINUTE": "600"}
+        with container("monitor") as (monitor, watching), monitor({data: "/data"}, settings) as process:
+            wait_for("the monitor is ready", lambda: _ready() == 200, 60)
+            print("  /readyz:", httpx.get("http://127.0.0.1:8003/readyz").text)
+            assert watching() == 0, "the health check of the monitor fails"
+            show_confinement(process)
+            for line in httpx.get("http://127.0.0.1:8003/metrics").text.splitlines():
+                if line.startswith("stripwire_canary_total"):
+                    print(" ", line)
 
 
 def make_base() -> None:
@@ -130,8 +163,15 @@ def container(image: str) -> Iterator[tuple[Callable[..., Any], Callable[[], int
         )
         return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script]
 
-    def start(mounts: Mapping[Path, str], environment: Mapping[str, str] | None = None) -> Any:
-        return _running(image, enter(mounts, environment or {}, [*about["Entrypoint"], *about["Cmd"]]))
+    def start(
+        mounts: Mapping[Path, str],
+        environment: Mapping[str, str] | None = None,
+        *,
+        arguments: list[str] | None = None,
+        ends_by_itself: bool = False,
+    ) -> Any:
+        command = [*about["Entrypoint"], *(arguments or about["Cmd"])]
+        return _running(image, enter(mounts, environment or {}, command), ends_by_itself)
 
     def check() -> int:
         _, *command = about["Healthcheck"]["Test"]
@@ -145,8 +185,8 @@ def container(image: str) -> Iterator[tuple[Callable[..., Any], Callable[[], int
 
 
 @contextmanager
-def _running(image: str, command: list[str]) -> Iterator[psutil.Process]:
-    """Start a program in its namespaces; at the end send it SIGTERM, as an engine does, and have it end with 0."""
+def _running(image: str, command: list[str], ends_by_itself: bool) -> Iterator[psutil.Process]:
+    """Start a program in its namespaces; at the end it ends with 0, after SIGTERM unless by itself."""
     told(f"starting {image}")
     outer = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     inner = None
@@ -155,9 +195,10 @@ def _running(image: str, command: list[str]) -> Iterator[psutil.Process]:
         assert outer.poll() is None, f"{image} ended by itself with {outer.returncode}"
         (inner,) = psutil.Process(outer.pid).children()
         yield inner
-        inner.send_signal(signal.SIGTERM)
-        status = outer.wait(timeout=30)
-        print(f"  {image} ended with {status} after SIGTERM")
+        if not ends_by_itself:
+            inner.send_signal(signal.SIGTERM)
+        status = outer.wait(timeout=300 if ends_by_itself else 60)
+        print(f"  {image} ended with {status}" + ("" if ends_by_itself else " after SIGTERM"))
         assert status == 0
     finally:
         if inner is not None and inner.is_running():
@@ -208,12 +249,6 @@ def buildah(*arguments: str, check: bool = True) -> str:
 def told(what: str) -> None:
     """Say what is being done."""
     print(what, flush=True)
-
-
-def _write_repository(folder: Path) -> None:
-    from tests.networks import write_small_repository
-
-    write_small_repository(folder, _SHAPE, _CLASSES)
 
 
 if __name__ == "__main__":
