@@ -147,7 +147,7 @@ def _run(steps: Steps[_T]) -> _T:
 class GuardedClient(_Client[_BlockingTransport]):
     """Asks one server, or several in turns. Safe to share between threads.
 
-    Connects when first used, and again when the connection was lost; clients of one address share a connection.
+    Connects when first used, and again when the connection was lost.
 
     Args:
         url: `host:port` of the server's gRPC endpoint, `[address]:port` for IPv6, or `unix:/path`. Of several servers,
