@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 from tritonclient.utils import InferenceServerException
 
-from client.connection import TlsOptions, is_loopback, triton_options
+from client.connection import TlsOptions, triton_options
 from client.core import ClientCore, ClientOptions, OnProgress, Steps, Transport
 from client.messages import ModelMetadata, Verdict, Verdicts
 from client.statuses import ERROR_OF_STATUS
@@ -44,7 +44,6 @@ __all__ = [
     "TlsOptions",
     "Verdict",
     "Verdicts",
-    "is_loopback",
 ]
 
 _T = TypeVar("_T")

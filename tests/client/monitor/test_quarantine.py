@@ -104,6 +104,7 @@ def test_what_was_rejected_is_listed_shown_and_labelled(watched: Watched) -> Non
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(answer.content))), IMAGES[row])
 
     wait_for(lambda: len(quarantined(watched.folder)) == 6)
+    assert set(verdicts.request_ids) <= {about["request_id"] for about in watched.listing()["inputs"]}
     with QuarantineClient(watched.url, TOKEN) as quarantine:
         key = quarantine.find(f"{watched.name}.1")["key"]
         assert quarantine.label(key, "trojaned")
