@@ -494,9 +494,17 @@ def serve(
     ] = None,
     startup_timeout: Annotated[float, typer.Option(help="How long the models may take to load, in seconds.")] = 120.0,
     control_token: ControlToken = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="The server's certificate chain (PEM): gRPC over TLS, HTTP on loopback only.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The private key (PEM) of that certificate.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM file of the authorities that callers' certificates are from (mutual TLS).")
+    ] = None,
 ) -> None:
     """Serve a model repository with the pip-installed Triton, until Ctrl-C."""
     from deploy.embedded.server import EmbeddedTriton
+    from deploy.embedded.tls import server_tls
     from exporter.publishing import locked
 
     if not repository.exists():
@@ -511,6 +519,7 @@ def serve(
         metrics_port=metrics_port,
         startup_timeout_seconds=startup_timeout,
         control_token=control_token,
+        tls=server_tls(tls_cert, tls_key, tls_client_ca),
         quarantine=quarantine,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as cleanly as for Ctrl-C
@@ -518,12 +527,13 @@ def serve(
         with waiting("Loading the models …"):
             server.start()
         table = Table(title=escape(f"Serving {repository}, mode {mode}"), show_header=False)
-        table.add_row("gRPC", server.grpc_address)
+        table.add_row("gRPC", server.grpc_address + (" (TLS)" if tls_cert else ""))
         table.add_row("HTTP", f"http://{server.http_address}")
         table.add_row("metrics", f"http://{server.metrics_address}/metrics")
         console.print(table)
         console.print("Ctrl-C stops it. From another terminal:")
-        command("classify", "--url", server.grpc_address, "IMAGE")
+        trust = ["--tls-ca", "AUTHORITIES"] if tls_cert else []
+        command("classify", "--url", server.grpc_address, *trust, "IMAGE")
         watching: list[str | Path] = [
             "--url",
             server.grpc_address,
@@ -532,7 +542,7 @@ def serve(
         ]
         if quarantine is not None:
             watching += ["--quarantine", quarantine]
-        command("monitor", "--canaries", repository, *watching)
+        command("monitor", "--canaries", repository, *watching, *trust)
         server.wait()
     except KeyboardInterrupt:
         console.print("Stopping.")

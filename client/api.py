@@ -155,7 +155,8 @@ class GuardedClient(_Client[_BlockingTransport]):
         model: name of the guarded model.
         sentinel: name of the model that holds the untouched original network.
         timeout_seconds: longest wait for the answer to one request (one batch), retries included.
-        retries: how often a request is sent again while the server is unavailable; nothing else is retried.
+        retries: how often a request is sent again while the server is unavailable, or has no version of the model
+            ready, as when it stops; nothing else is retried.
         window: the most requests in flight at once.
         tls: encrypt the connection; None is plaintext.
         token: sent as `authorization: Bearer <token>`.

@@ -50,7 +50,7 @@ from client.messages import (
 )
 from client.metrics import metrics_on, outcome_of
 from client.shared import SharedBatches
-from client.statuses import is_unavailable, status_of, translated
+from client.statuses import is_unavailable, is_unavailable_or_stopping, status_of, translated
 from client.tracing import trace_headers
 from detector.errors import InputError, RequestRejectedError, ServerError
 from detector.live_metrics import CANARY_KEY
@@ -345,7 +345,7 @@ class ClientCore:
             self._metrics.seconds.observe(came_at - sent.since)
             return tensors
 
-        return self._counted(self._retrying(request.model, attempt))
+        return self._counted(self._retrying(request.model, attempt, is_unavailable_or_stopping))
 
     def _counted(self, steps: Steps[_T]) -> Steps[_T]:
         outcome = "cancelled"
@@ -360,21 +360,26 @@ class ClientCore:
         finally:
             self._metrics.requests.labels(outcome).inc()
 
-    def _retrying(self, model: str, attempt: Callable[[float], Steps[_T]]) -> Steps[_T]:
+    def _retrying(
+        self,
+        model: str,
+        attempt: Callable[[float], Steps[_T]],
+        may_pass: Callable[[BaseException], bool] = is_unavailable,
+    ) -> Steps[_T]:
         """Take the steps of `attempt(seconds_left)` again while the server is unavailable and there is time."""
         self._check_open()
         try:
-            return (yield from self._attempts(attempt))
+            return (yield from self._attempts(attempt, may_pass))
         except InferenceServerException as error:
             raise self._translated(error, model) from error
 
-    def _attempts(self, attempt: Callable[[float], Steps[_T]]) -> Steps[_T]:
+    def _attempts(self, attempt: Callable[[float], Steps[_T]], may_pass: Callable[[BaseException], bool]) -> Steps[_T]:
         give_up_at = time.monotonic() + self._options.timeout_seconds
 
         def is_enough(state: RetryCallState) -> bool:
             return state.attempt_number > self._options.retries or time.monotonic() + state.upcoming_sleep >= give_up_at
 
-        retrying = Retrying(retry=retry_if_exception(is_unavailable), stop=is_enough, wait=_BACKOFF, reraise=True)
+        retrying = Retrying(retry=retry_if_exception(may_pass), stop=is_enough, wait=_BACKOFF, reraise=True)
         state = RetryCallState(retrying, None, (), {})
         retrying.begin()
         while True:

@@ -59,6 +59,15 @@ def is_unavailable(error: BaseException) -> bool:
     return isinstance(error, InferenceServerException) and status_of(error) is grpc.StatusCode.UNAVAILABLE
 
 
+def is_unavailable_or_stopping(error: BaseException) -> bool:
+    """Say so of a failed inference: a Triton that stops unloads its models, which are not found any more."""
+    return is_unavailable(error) or (
+        isinstance(error, InferenceServerException)
+        and status_of(error) is grpc.StatusCode.NOT_FOUND
+        and "has no available versions" in str(error.message())
+    )
+
+
 def translated(error: InferenceServerException, url: str, model: str, timeout_seconds: float) -> ServerError:
     """Return the error of ours that tells the user what happened and what to do."""
     status = status_of(error)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
+
+from detector.calibration import fixed_threshold
+from exporter.convert import repaired_graph, sentinel_graph, to_onnx
+from exporter.preprocessing import Preprocessing
+from exporter.repository import ServedModel, write_repository
 
 
 def small_network(shape: tuple[int, int, int] = (8, 7, 3), classes: int = 5) -> keras.Model:
@@ -22,6 +28,23 @@ def small_network(shape: tuple[int, int, int] = (8, 7, 3), classes: int = 5) -> 
         ]
     )
     return keras.Model(layers.inputs, layers.outputs[0])  # functional, as the loader returns every network
+
+
+def write_small_repository(
+    folder: Path, shape: tuple[int, int, int] = (8, 7, 3), classes: int = 5, overlays: int = 4
+) -> None:
+    """Write the repository of a small network, whose guard rejects everything."""
+    network = to_onnx(small_network(shape, classes))
+    served = ServedModel(
+        sentinel_graph(network, Preprocessing()),
+        repaired_graph(network, Preprocessing()),
+        np.random.default_rng(0).integers(0, 256, (overlays, *shape), dtype=np.uint8),
+        0.5,
+        fixed_threshold(np.array([1.0, 2.0]), 10.0),  # above log2 of 1000 classes
+        classes,
+        {},
+    )
+    write_repository(folder, served)
 
 
 def classifier(

@@ -22,14 +22,17 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 from uuid import uuid4
 
 import psutil
 
 from deploy.embedded.control_file import write_control_token
 from deploy.embedded.launch import bound_to_us
+from deploy.embedded.tls import ServerTls
 from detector.errors import InputError, ServerError, ServerStartError, SetupError
 from detector.quarantine import FOLDER_VARIABLE
 from detector.serving import CONTROL_KEY, MODES, SENTINEL
@@ -39,6 +42,7 @@ _BACKENDS = Path(__file__).parent / "backends"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  the place where Triton's Python backend keeps its regions, not a temp file
 _WORK_PREFIX = "stripwire-triton-"
 _LOOPBACK = "127.0.0.1"
+_DRAIN_SECONDS = 10.0
 _RESTRICTED = f"model-repository,logging,trace:{CONTROL_KEY}"
 
 
@@ -188,6 +192,7 @@ class EmbeddedTriton:
         metrics_port: port of the Prometheus metrics.
         control_token: what a caller must know to have the server load another version; None for a random one. It is
             left in a file that this user alone can read, see `deploy.embedded.control_file`.
+        tls: of gRPC; HTTP, which has none, then listens on the loopback address alone. None is plaintext.
         quarantine: folder where the server keeps what it rejects, see `detector.quarantine`; None leaves that to the
             environment, whose STRIPWIRE_QUARANTINE says the same.
         startup_timeout_seconds: how long the models may take to load.
@@ -207,6 +212,7 @@ class EmbeddedTriton:
         grpc_port: int = 0,
         metrics_port: int = 0,
         control_token: str | None = None,
+        tls: ServerTls | None = None,
         quarantine: Path | None = None,
         startup_timeout_seconds: float = 120.0,
     ) -> None:
@@ -221,6 +227,8 @@ class EmbeddedTriton:
         self.repository = repository.resolve()
         self.mode = mode
         self.host = host
+        self._tls = tls
+        self._http_host = host if tls is None else _LOOPBACK  # Triton speaks no HTTPS
         self._ports = choose_ports(host, {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port})
         self.quarantine = None if quarantine is None else quarantine.resolve()
         self._startup_timeout_seconds = startup_timeout_seconds
@@ -232,17 +240,17 @@ class EmbeddedTriton:
     @property
     def http_address(self) -> str:
         """`host:port` of HTTP."""
-        return self._address(self._ports["HTTP"])
+        return _address(self._http_host, self._ports["HTTP"])
 
     @property
     def grpc_address(self) -> str:
         """`host:port` of gRPC."""
-        return self._address(self._ports["gRPC"])
+        return _address(self.host, self._ports["gRPC"])
 
     @property
     def metrics_address(self) -> str:
         """`host:port` of the Prometheus metrics, path `/metrics`."""
-        return self._address(self._ports["metrics"])
+        return _address(self.host, self._ports["metrics"])
 
     @property
     def process_id(self) -> int:
@@ -286,10 +294,14 @@ class EmbeddedTriton:
         raise ServerError(f"tritonserver ended by itself with status {status}:\n{error_lines(self.server_log())}")
 
     def stop(self) -> None:
-        """Stop the server and its stubs, and remove what they left in memory and on disk. Idempotent."""
+        """Stop the server and its stubs, and remove what they left in memory and on disk. Idempotent.
+
+        Requests that it has are answered, for up to 10 seconds; meanwhile new ones are turned away.
+        """
         process, self._process = self._process, None
         if process is not None:
             family = _family(process.pid) if process.poll() is None else []
+            self._drain(process)
             process.terminate()
             try:
                 process.wait(timeout=15)
@@ -309,15 +321,35 @@ class EmbeddedTriton:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _drain(self, process: subprocess.Popen[bytes]) -> None:
+        """Have the server turn new requests away and answer those that it has, for as long as that may take.
+
+        At SIGTERM Triton would fail a request to an ensemble at its next step. Unloading the ensemble alone leaves the
+        models behind it to the requests that are under way.
+        """
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        # Where it is still starting, hangs or has ended there is nothing to wait for.
+        with contextlib.suppress(OSError, HTTPException, ValueError):
+            self._control("models/guarded/unload")
+            while process.poll() is None and time.monotonic() < deadline:
+                states = {model["name"]: model.get("state") for model in self._control("index")}
+                if states.get("guarded") in (None, "UNAVAILABLE"):
+                    return
+                time.sleep(0.05)
+
+    def _control(self, call: str) -> Any:
+        """Return the answer of Triton's model repository API; None where it has no body."""
+        url = f"http://{self.http_address}/v2/repository/{call}"
+        request = urllib.request.Request(url, b"{}", {CONTROL_KEY: self.control_token}, method="POST")
+        with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310  HTTP, our own server
+            body = answer.read()
+        return json.loads(body) if body else None
+
     def server_log(self) -> str:
         """Return what the server has printed so far."""
         if self._work_folder is None:
             return ""
         return (self._work_folder / "server.log").read_text(encoding="utf-8", errors="replace")
-
-    def _address(self, port: int) -> str:
-        host = {"0.0.0.0": _LOOPBACK, "::": "::1"}.get(self.host, self.host)  # noqa: S104  compared, not bound
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def _launch(self, triton: TritonInstallation, work_folder: Path) -> None:
         backends = work_folder / "backends"
@@ -333,7 +365,7 @@ class EmbeddedTriton:
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={self.region_prefix}",
             "--disable-auto-complete-config",
-            f"--http-address={self.host}",
+            f"--http-address={self._http_host}",
             f"--http-port={self._ports['HTTP']}",
             f"--grpc-address={self.host}",
             f"--grpc-port={self._ports['gRPC']}",
@@ -350,6 +382,8 @@ class EmbeddedTriton:
             f"--grpc-restricted-protocol={_RESTRICTED}={self.control_token}",
             f"--http-restricted-api={_RESTRICTED}={self.control_token}",
         )
+        if self._tls is not None:
+            command += self._tls.options
         if self.mode != "block":
             command.append(f"--model-config-name={self.mode}")
         with (work_folder / "server.log").open("wb") as log:
@@ -392,6 +426,11 @@ class EmbeddedTriton:
                 return int(answer.status) == 200
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return False
+
+
+def _address(host: str, port: int) -> str:
+    host = {"0.0.0.0": _LOOPBACK, "::": "::1"}.get(host, host)  # noqa: S104  compared, not bound
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _hide_argument(process_id: int, secret: str) -> None:

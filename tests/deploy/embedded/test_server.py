@@ -27,33 +27,18 @@ from deploy.embedded.server import (
     find_libpython,
     find_triton,
 )
-from detector.calibration import fixed_threshold
 from detector.errors import InputError, RepositoryError, ServerError, ServerStartError, SetupError
-from exporter.convert import repaired_graph, sentinel_graph, to_onnx
-from exporter.preprocessing import Preprocessing
-from exporter.repository import ServedModel, write_repository
 from model_repository.manifest import read_manifest, write_manifest
-from tests.networks import small_network
+from tests.networks import write_small_repository
 
 SHAPE, CLASSES = (8, 7, 3), 5
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    network = to_onnx(small_network(SHAPE, CLASSES))
-    overlays = np.random.default_rng(0).integers(0, 256, (4, *SHAPE), dtype=np.uint8)
-    served = ServedModel(
-        sentinel_graph(network, Preprocessing()),
-        repaired_graph(network, Preprocessing()),
-        overlays,
-        0.5,
-        fixed_threshold(np.array([1.0, 2.0]), 10.0),  # above log2(5): everything is rejected
-        CLASSES,
-        {},
-    )
     folder = tmp_path_factory.mktemp("served") / "repository"
-    write_repository(folder, served)
+    write_small_repository(folder, SHAPE, CLASSES)
     return folder
 
 

@@ -1,0 +1,86 @@
+"""How an embedded server encrypts gRPC, and whom it lets in."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from detector.errors import InputError
+
+
+@dataclass(frozen=True)
+class ServerTls:
+    """How the server proves who it is, and whom it lets in. All files are PEM.
+
+    Attributes:
+        certificate: the server's certificate, then its issuers.
+        key: the private key that belongs to it, not encrypted.
+        client_authorities: who must have signed a caller's certificate (mutual TLS); None lets everybody in.
+
+    Raises:
+        InputError: a file is missing or cannot be used, or key and certificate do not match. Triton would start all the
+            same, and answer nobody.
+    """
+
+    certificate: Path
+    key: Path
+    client_authorities: Path | None = None
+
+    def __post_init__(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        key = self.key
+        _check_pem("TLS key", key, lambda _: None)
+        _check_pem(
+            f"TLS certificate (with key {key})",
+            self.certificate,
+            lambda chain: context.load_cert_chain(chain, key, password=_no_password),
+        )
+        if self.client_authorities is not None:
+            _check_pem("TLS client authorities", self.client_authorities, context.load_verify_locations)
+
+    @property
+    def options(self) -> list[str]:
+        """The options of `tritonserver`."""
+        options = [
+            "--grpc-use-ssl=true",
+            f"--grpc-server-cert={self.certificate.resolve()}",
+            f"--grpc-server-key={self.key.resolve()}",
+        ]
+        if self.client_authorities is not None:
+            options += ["--grpc-use-ssl-mutual=true", f"--grpc-root-cert={self.client_authorities.resolve()}"]
+        return options
+
+
+def server_tls(certificate: Path | None, key: Path | None, client_authorities: Path | None) -> ServerTls | None:
+    """Return what the given files say; None, plaintext, if there are none.
+
+    Raises:
+        InputError: one comes without the others that it needs, or cannot be used.
+    """
+    if certificate is None and key is None and client_authorities is None:
+        return None
+    if certificate is None or key is None:
+        raise InputError(
+            "TLS: expected the server's certificate and its key (--tls-cert, --tls-key); --tls-client-ca needs both"
+        )
+    return ServerTls(certificate, key, client_authorities)
+
+
+def _check_pem(what: str, path: Path, load: Callable[[Path], None]) -> None:
+    try:
+        if b"-----BEGIN " not in path.read_bytes():
+            raise InputError(f"{what}: {path} is not in PEM format")
+        load(path)
+    except ssl.SSLError as error:  # an OSError, too
+        raise InputError(f"{what}: {path} cannot be used: {error.reason or error}") from error
+    except OSError as error:
+        raise InputError(f"{what}: cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{what}: {path} cannot be used: {error}") from error
+
+
+def _no_password() -> bytes:
+    """Keep OpenSSL from asking on the terminal: Triton cannot use an encrypted key either."""
+    raise ValueError("the private key is encrypted, and Triton takes only keys without a password")
