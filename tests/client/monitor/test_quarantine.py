@@ -291,7 +291,7 @@ def test_a_quarantine_that_cannot_be_written_fails_no_request(watched: Watched) 
     assert watched.listing() == {"kept": 0, "unlabelled": 0, "inputs": []}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # for as long as it runs, no other test can have an event loop
 def browser() -> Iterator[Browser]:
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:
