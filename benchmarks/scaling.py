@@ -201,15 +201,22 @@ def show(found: dict[str, Any]) -> None:
     """Print what was measured."""
     console = Console(width=120)
     console.print(f"{found['hardware']}; load average before: {found['load_average']:.1f}", highlight=False)
-    table = Table("", "images/s, one server", "two servers", "ratio", "p99 (ms), one", "two", "busy cores, one", "two")
+    table = Table(
+        "", "servers", "images/s", "times one", "images/s a busy core", "p50 (ms)", "p99 (ms)", title="Throughput"
+    )
     for setting, rounds in found["throughput"].items():
-        row = [setting]
-        rates = [statistics.median(each[count]["images_per_second"] for each in rounds) for count in ("1", "2")]
-        ratio = statistics.median(each["2"]["images_per_second"] / each["1"]["images_per_second"] for each in rounds)
-        row += [*(f"{rate:.0f}" for rate in rates), f"{ratio:.2f}"]
-        for figure, form in (("p99_ms", ".0f"), ("busy_cores", ".2f")):
-            row += [f"{statistics.median(each[count][figure] for each in rounds):{form}}" for count in ("1", "2")]
-        table.add_row(*row)
+        for count in ("1", "2"):
+            figures = [each[count] for each in rounds]
+            rates = [figure["images_per_second"] for figure in figures]
+            ratios = [rate / each["1"]["images_per_second"] for rate, each in zip(rates, rounds, strict=True)]
+            by_core = [rate / figure["busy_cores"] for rate, figure in zip(rates, figures, strict=True)]
+            p50, p99 = (statistics.median(figure[name] for figure in figures) for name in ("p50_ms", "p99_ms"))
+            row = [
+                f"{statistics.median(rates):.0f}",
+                f"{statistics.median(ratios):.2f}",
+                f"{statistics.median(by_core):.0f}",
+            ]
+            table.add_row(setting if count == "1" else "", count, *row, f"{p50:.0f}", f"{p99:.0f}")
     console.print(table)
     table = Table("one of two servers gets", "retries", "requests", "failed", "with", "slowest (ms)")
     for end in found["ends"]:
