@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 from tritonclient.utils import InferenceServerException
 
-from client.connection import TlsOptions, is_loopback, triton_options
+from client.connection import TlsOptions, triton_options
 from client.core import ClientCore, ClientOptions, OnProgress, Steps, Transport
 from client.messages import ModelMetadata, Verdict, Verdicts
 from client.statuses import ERROR_OF_STATUS
@@ -44,7 +44,6 @@ __all__ = [
     "TlsOptions",
     "Verdict",
     "Verdicts",
-    "is_loopback",
 ]
 
 _T = TypeVar("_T")
@@ -147,7 +146,7 @@ def _run(steps: Steps[_T]) -> _T:
 class GuardedClient(_Client[_BlockingTransport]):
     """Asks one server, or several in turns. Safe to share between threads.
 
-    Connects when first used, and again when the connection was lost; clients of one address share a connection.
+    Connects when first used, and again when the connection was lost.
 
     Args:
         url: `host:port` of the server's gRPC endpoint, `[address]:port` for IPv6, or `unix:/path`. Of several servers,

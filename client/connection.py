@@ -88,7 +88,7 @@ def read_target(url: str) -> Target:
     rest = url.removeprefix(scheme)
     hosts = [_host(url, scheme, address) for address in (rest.split(",") if is_list else [rest])]
     # Whom another name server calls localhost is for that one to say.
-    is_local = all(_is_loopback(host, name_is_ours=scheme in ("", "dns:///")) for host in hosts)
+    is_local = all(is_loopback(host, name_is_ours=scheme in ("", "dns:///")) for host in hosts)
     return Target(
         url,
         is_local,
@@ -96,11 +96,6 @@ def read_target(url: str) -> Target:
         has_name=len(hosts) == 1,
         allows_proxy=not is_local and not is_list,
     )
-
-
-def is_loopback(url: str) -> bool:
-    """Say whether `url` is on this machine; InputError where it is no gRPC address."""
-    return read_target(url).is_local
 
 
 _ADDRESS = re.compile(r"(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<host>[^\s:/,\[\]]+)):(?P<port>\d{1,5})")
@@ -121,7 +116,8 @@ def _host(url: str, scheme: str, address: str) -> str:
     return host
 
 
-def _is_loopback(host: str, *, name_is_ours: bool) -> bool:
+def is_loopback(host: str, *, name_is_ours: bool = True) -> bool:
+    """Say whether a host, a name or an address, is this machine; `localhost` is where we look the name up ourselves."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

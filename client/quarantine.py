@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from types import TracebackType
 from typing import Any
@@ -10,6 +9,7 @@ from urllib.parse import quote
 
 import httpx
 
+from client.connection import is_loopback
 from detector.errors import AccessDeniedError, InputError, RequestRejectedError, ServerError, ServerUnavailableError
 
 _TIMEOUT_SECONDS = 30.0
@@ -37,7 +37,7 @@ class QuarantineClient:
             raise InputError("feedback token: got none, expected the monitor's (STRIPWIRE_FEEDBACK_TOKEN)")
         if not re.fullmatch(r"[!-~]+", token):
             raise InputError("feedback token: expected printable ASCII characters without blanks")
-        local = _is_loopback(address.host)
+        local = is_loopback(address.host)
         if address.scheme == "http" and not local:
             raise InputError(
                 f"monitor: {url} is another machine and the connection is not encrypted, so anybody on the way could "
@@ -124,13 +124,6 @@ class QuarantineClient:
         if answer.status_code == 422:
             raise RequestRejectedError(f"monitor: {said}")
         raise ServerError(f"monitor: {said}")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _error_in(answer: httpx.Response) -> str:

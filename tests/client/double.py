@@ -120,8 +120,14 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
         if failure is not None:
             context.abort(*failure)
 
-    def start(self, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None) -> grpc.Server:
-        server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+    def start(
+        self, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None, **options: int
+    ) -> grpc.Server:
+        """Start it; `options` are gRPC's, without `grpc.`."""
+        channel = {"so_reuseport": 0} | options
+        server = grpc.server(
+            ThreadPoolExecutor(8), options=[(f"grpc.{name}", value) for name, value in channel.items()]
+        )
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, server)
         add_port = server.add_insecure_port if credentials is None else server.add_secure_port
         port = add_port(address, *([] if credentials is None else [credentials]))

@@ -112,9 +112,11 @@ def test_shared_memory_is_for_one_server(connect: Connect) -> None:
 HOSTS = ("127.0.0.1", "127.0.0.2")
 
 
-def start(host: str, port: int, credentials: grpc.ServerCredentials | None = None) -> tuple[Server, grpc.Server]:
+def start(
+    host: str, port: int, credentials: grpc.ServerCredentials | None = None, **options: int
+) -> tuple[Server, grpc.Server]:
     double = Server()
-    return double, double.start(f"{host}:{port}", credentials)
+    return double, double.start(f"{host}:{port}", credentials, **options)
 
 
 @pytest.fixture
@@ -189,6 +191,17 @@ def test_a_server_that_comes_in_place_of_others_is_found_by_its_name(connect: Co
         assert client.classify(images_of([8])).labels.tolist() == [3]
         assert [inference.batch.flat[0] for inference in second.inferences] == [8]
         running.stop(grace=None).wait()
+
+
+def test_a_server_that_is_added_is_seen_when_a_connection_has_reached_its_age(connect: Connect) -> None:
+    first, running = start(HOSTS[0], 0, max_connection_age_ms=500)
+    second, also_running = start(HOSTS[1], int(port_of(first)))
+    with NameServer(HOSTS[0]) as names, connect(f"dns://{names.authority}/servers.test:{port_of(first)}") as client:
+        client.classify(images_of([1]))
+        names.addresses.append(HOSTS[1])
+        meet(client, [first, second])
+    for server in (running, also_running):
+        server.stop(grace=None).wait()
 
 
 def test_several_servers_that_are_all_away_are_said_to_be(connect: Connect) -> None:

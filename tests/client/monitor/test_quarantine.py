@@ -104,6 +104,7 @@ def test_what_was_rejected_is_listed_shown_and_labelled(watched: Watched) -> Non
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(answer.content))), IMAGES[row])
 
     wait_for(lambda: len(quarantined(watched.folder)) == 6)
+    assert set(verdicts.request_ids) <= {about["request_id"] for about in watched.listing()["inputs"]}
     with QuarantineClient(watched.url, TOKEN) as quarantine:
         key = quarantine.find(f"{watched.name}.1")["key"]
         assert quarantine.label(key, "trojaned")
@@ -290,7 +291,7 @@ def test_a_quarantine_that_cannot_be_written_fails_no_request(watched: Watched) 
     assert watched.listing() == {"kept": 0, "unlabelled": 0, "inputs": []}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # for as long as it runs, no other test can have an event loop
 def browser() -> Iterator[Browser]:
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:

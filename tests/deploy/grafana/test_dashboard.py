@@ -47,7 +47,7 @@ def test_panels_fill_the_grid_without_overlap() -> None:
 
 def test_rows_are_in_the_order_in_which_one_looks() -> None:
     rows = [panel["title"] for panel in board.load()["panels"] if panel["type"] == "row"]
-    assert rows == ["Verdicts", "FAR and FRR", "Entropy", "Canaries", "Feedback", "Triton"]
+    assert rows == ["Verdicts", "FAR and FRR", "Entropy", "Canaries", "Feedback and quarantine", "Triton"]
 
 
 def test_every_variable_is_known_and_used() -> None:
