@@ -6,7 +6,7 @@ import ipaddress
 import json
 import re
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from detector.errors import InputError
+from detector.pem import check_pem, no_password
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ class TlsOptions:
         # OpenSSL checks here what gRPC would report much later as "no connection".
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if self.root_certificates is not None:
-            _check_pem("root certificates", self.root_certificates, context.load_verify_locations)
+            check_pem("root certificates", self.root_certificates, context.load_verify_locations)
         if self.private_key is not None and self.certificate_chain is not None:
             key = self.private_key
-            _check_pem("private key", key, lambda _: None)
-            _check_pem(
+            check_pem("private key", key, lambda _: None)
+            check_pem(
                 f"certificate chain (with private key {key})",
                 self.certificate_chain,
-                lambda chain: context.load_cert_chain(chain, key, password=_no_password),
+                lambda chain: context.load_cert_chain(chain, key, password=no_password),
             )
 
 
@@ -176,21 +177,3 @@ def checked_headers(token: str | None, headers: Mapping[str, str]) -> dict[str, 
             raise InputError("token: it is empty or holds blanks or non-ASCII characters; was a whole file passed?")
         sent["authorization"] = f"Bearer {token}"
     return sent
-
-
-def _check_pem(what: str, path: Path, load: Callable[[Path], None]) -> None:
-    try:
-        if b"-----BEGIN " not in path.read_bytes():
-            raise InputError(f"{what}: {path} is not in PEM format")
-        load(path)
-    except ssl.SSLError as error:  # an OSError, too
-        raise InputError(f"{what}: {path} cannot be used: {error.reason or error}") from error
-    except OSError as error:
-        raise InputError(f"{what}: cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{what}: {path} cannot be used: {error}") from error
-
-
-def _no_password() -> bytes:
-    """Keep OpenSSL from asking on the terminal: gRPC cannot use an encrypted key either."""
-    raise ValueError("the private key is encrypted, and gRPC takes only keys without a password")

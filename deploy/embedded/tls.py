@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from detector.errors import InputError
+from detector.pem import check_pem, no_password
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class ServerTls:
     def __post_init__(self) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         key = self.key
-        _check_pem("TLS key", key, lambda _: None)
-        _check_pem(
+        check_pem("TLS key", key, lambda _: None)
+        check_pem(
             f"TLS certificate (with key {key})",
             self.certificate,
-            lambda chain: context.load_cert_chain(chain, key, password=_no_password),
+            lambda chain: context.load_cert_chain(chain, key, password=no_password),
         )
         if self.client_authorities is not None:
-            _check_pem("TLS client authorities", self.client_authorities, context.load_verify_locations)
+            check_pem("TLS client authorities", self.client_authorities, context.load_verify_locations)
 
     @property
     def options(self) -> list[str]:
@@ -66,21 +66,3 @@ def server_tls(certificate: Path | None, key: Path | None, client_authorities: P
             "TLS: expected the server's certificate and its key (--tls-cert, --tls-key); --tls-client-ca needs both"
         )
     return ServerTls(certificate, key, client_authorities)
-
-
-def _check_pem(what: str, path: Path, load: Callable[[Path], None]) -> None:
-    try:
-        if b"-----BEGIN " not in path.read_bytes():
-            raise InputError(f"{what}: {path} is not in PEM format")
-        load(path)
-    except ssl.SSLError as error:  # an OSError, too
-        raise InputError(f"{what}: {path} cannot be used: {error.reason or error}") from error
-    except OSError as error:
-        raise InputError(f"{what}: cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{what}: {path} cannot be used: {error}") from error
-
-
-def _no_password() -> bytes:
-    """Keep OpenSSL from asking on the terminal: Triton cannot use an encrypted key either."""
-    raise ValueError("the private key is encrypted, and Triton takes only keys without a password")
