@@ -630,6 +630,6 @@ def test_a_repository_that_was_just_being_replaced_is_served(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(EmbeddedTriton, "start", start)
-    free = ("--http-port", 0, "--grpc-port", 0, "--metrics-port", 0)
+    free = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
     assert run(monkeypatch, "serve", tmp_path / "repository", *free) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["repository"]
