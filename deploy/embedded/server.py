@@ -300,7 +300,6 @@ class EmbeddedTriton:
         """
         process, self._process = self._process, None
         if process is not None:
-            family = _family(process.pid) if process.poll() is None else []
             self._drain(process)
             process.terminate()
             try:
@@ -308,10 +307,8 @@ class EmbeddedTriton:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            _, alive = psutil.wait_procs(family, timeout=5)
-            for survivor in alive:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    survivor.kill()
+        if self._work_folder is not None:
+            _end_stubs(self._work_folder, timeout_seconds=5)
         for region in _SHARED_MEMORY.glob(f"{self.region_prefix}*"):
             region.unlink(missing_ok=True)
         token_file, self._token_file = self._token_file, None
@@ -449,10 +446,11 @@ def _hide_argument(process_id: int, secret: str) -> None:
 
 
 def _sweep_work_folders() -> None:
-    """Remove the folders of processes that were killed before they could."""
+    """Remove what processes left behind that were killed before they could."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_WORK_PREFIX}*"):
         owner = folder.name.removeprefix(_WORK_PREFIX).split("-")[0]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            _end_stubs(folder, timeout_seconds=0)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -517,8 +515,17 @@ def _environment(triton: TritonInstallation, quarantine: Path | None = None) -> 
     return environment
 
 
-def _family(process_id: int) -> list[psutil.Process]:
-    try:
-        return list(psutil.Process(process_id).children(recursive=True))
-    except psutil.NoSuchProcess:
-        return []
+def _end_stubs(folder: Path, timeout_seconds: float) -> None:
+    """Wait for the Python processes of a server, which run from its folder, and kill those that go on.
+
+    They outlive a server that was killed, and hold a model each.
+    """
+    stubs = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, IndexError):
+            if process.cmdline()[0].startswith(f"{folder}/"):
+                stubs.append(process)
+    _, alive = psutil.wait_procs(stubs, timeout=timeout_seconds)
+    for survivor in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            survivor.kill()

@@ -111,9 +111,13 @@ def test_when_a_model_does_not_load_the_servers_own_error_lines_are_shown(reposi
 
 def test_a_server_that_dies_is_reported(repository: Path) -> None:
     with EmbeddedTriton(repository) as server:
+        stubs = psutil.Process(server.process_id).children(recursive=True)
         os.kill(server.process_id, signal.SIGKILL)
         with pytest.raises(ServerError, match="ended by itself with status -9"):
             server.wait()
+        assert any(stub.is_running() for stub in stubs)  # its Python processes live on
+    wait_until_gone(stubs)
+    assert leftovers(server.region_prefix) == []
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
@@ -166,8 +170,12 @@ def test_a_host_that_is_none_is_named() -> None:
 def test_the_folders_of_killed_servers_are_swept(repository: Path) -> None:
     dead = Path(tempfile.gettempdir()) / "stripwire-triton-4194999-left"  # beyond the largest process id
     dead.mkdir(exist_ok=True)
-    with pytest.raises(ServerStartError):
-        EmbeddedTriton(repository, startup_timeout_seconds=0.01).start()
+    stub = dead / "stub"
+    shutil.copy("/bin/sleep", stub)
+    with subprocess.Popen([stub, "600"]) as left:
+        with pytest.raises(ServerStartError):
+            EmbeddedTriton(repository, startup_timeout_seconds=0.01).start()
+        assert left.wait(timeout=20) == -signal.SIGKILL
     assert not dead.exists()
 
 
