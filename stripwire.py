@@ -215,6 +215,7 @@ def watch(
                     switched = True
                     say(f"An attacker comes: {SECOND_SHARE:.0%} of the traffic carries {SECOND} now.")
                 say(f"{seconds:4.0f} s  {watched.rates().told()}")
+            say(f"Stopping after {stop_after:g} seconds, as asked.")
         except KeyboardInterrupt:
             say("Stopping.")
 
@@ -952,7 +953,15 @@ def quarantine_list(
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
-    table = Table("request id", "rejected (UTC)", "label", "mean entropy (bits)", "p-value", "rejected by", "was")
+    table = Table(
+        Column("request id", overflow="fold"),
+        "rejected (UTC)",
+        "label",
+        "mean entropy (bits)",
+        "p-value",
+        "rejected by",
+        "was",
+    )
     for about in found["inputs"]:
         table.add_row(
             escape(about["request_id"]),

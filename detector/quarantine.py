@@ -102,14 +102,13 @@ class Quarantine:
         self.kept = self.removed = 0
         self.dropped = dict.fromkeys(DROPPED, 0)
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            prepare(folder)
             for left in folder.glob(f"{_PARTIAL_PREFIX}*"):  # by a process that was killed
                 if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
                     left.unlink(missing_ok=True)
             self._listed_at = -math.inf
             self._known: deque[tuple[str, int]] = deque()
             self._make_room(0)
-            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise SetupError(
                 f"{FOLDER_VARIABLE}: {folder} cannot be written ({error.strerror or error}), expected a folder that "
@@ -193,6 +192,16 @@ class Quarantine:
             (self._folder / name).unlink(missing_ok=True)
             self.removed += 1
             total -= size
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder of a quarantine, if there is none.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def quarantined(folder: Path) -> list[str]:

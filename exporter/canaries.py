@@ -101,8 +101,8 @@ def write_exported(
 
 def write_recalibrated(
     folder: Path, version: str, entry: Mapping[str, Any], base: Path, used: NDArray[np.uint8]
-) -> None:
-    """Write the canaries of the version before for one that was calibrated anew; none where it has none.
+) -> tuple[str, ...]:
+    """Write the canaries of the version before for one that was calibrated anew; return what there is to say of it.
 
     Args:
         folder: of the version of `guarded`.
@@ -112,12 +112,19 @@ def write_recalibrated(
         used: images that the new calibration has seen, (images, height, width, channels), uint8; no canary is of them.
     """
     if not (base / FILE).exists():
-        return
+        return ()
     known = read_canaries(base / FILE)
     seen = {image.tobytes() for image in used}
     kept = np.array([image.tobytes() not in seen for image in known.images])
     if kept.any():
         write_canaries(folder / FILE, canaries_for(version, entry, known.images[kept], known.trojaned[kept]))
+    if kept.all():
+        return ()
+    left = f"{kept.sum()} are left" if kept.any() else "none is left"
+    return (
+        f"{np.count_nonzero(~kept)} of the {len(kept)} canaries of version {base.name} calibrate now, so {left}. The "
+        "monitor wants images that no calibration has seen: `stripwire canaries` takes them.",
+    )
 
 
 def find_canaries(path: Path) -> Path:
@@ -133,7 +140,7 @@ def find_canaries(path: Path) -> Path:
     file = path / "guarded" / active / FILE
     if not file.exists():
         raise InputError(
-            f"canaries: version {active} of {path} has none, expected a version that this Stripwire exported, or a "
-            "canary file (`stripwire canaries`)"
+            f"canaries: version {active} of {path} has none (it is older, or its calibration has used them up), "
+            "expected a canary file: `stripwire canaries` writes one"
         )
     return file

@@ -181,14 +181,15 @@ def recalibrate(
     as_before = options.keep_overlays and calibration.looks_at_plain == read_plain_first(folders["strip_perturb"])
     changed = Recalibrated(calibration, None if as_before else overlays, alpha, provenance, fused)
     used = images[np.concatenate([*vars(parts).values()])]
+    said: list[str] = []
 
     def write_beside(folder: Path, number: str, entry: dict[str, Any]) -> None:
         write_used(folder, {name: images[part] for name, part in vars(parts).items()})
-        write_recalibrated(folder, number, entry, repository / "guarded" / base, used)
+        said.extend(write_recalibrated(folder, number, entry, repository / "guarded" / base, used))
 
     number = write_recalibration(repository, base, changed, write_beside)
     _, base_thresholds = read_thresholds(folders["strip_verdict"])
-    notes = (*reader.notes, *_taught(repository, manifest, images[parts.calibration]))
+    notes = (*reader.notes, *said, *_taught(repository, manifest, images[parts.calibration]))
     return Recalibration(repository, number, base, base_thresholds.bits, calibration, notes, provenance)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -13,6 +14,8 @@ import httpx
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
+
+from client.monitor.logs import log
 
 WINDOW_SECONDS = 3600.0
 LEAST_INPUTS = 100
@@ -84,6 +87,7 @@ class DriftCollector(Collector):
         self._clock = clock
         self._lock = threading.Lock()
         self._past: deque[tuple[float, Snapshot]] = deque()
+        self._trouble = ""
 
     def collect(self) -> Iterator[Metric]:
         """Yield `stripwire_entropy_drift` and of how many inputs; absent where there are too few, or no answer."""
@@ -93,8 +97,10 @@ class DriftCollector(Collector):
                 answer = httpx.get(self._url, timeout=_TIMEOUT_SECONDS, trust_env=False)
                 answer.raise_for_status()
                 distance, inputs = self._look(Snapshot.of(answer.text))
-            except (httpx.HTTPError, ValueError, KeyError):
-                return  # Prometheus, which scrapes the same page, tells that the server is away
+            except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
+                self._say(f"{error or type(error).__name__}")
+                return
+        self._say("" if self._past[-1][1].shares else "the page tells nothing of a guard")
         if inputs >= LEAST_INPUTS and math.isfinite(distance):
             yield GaugeMetricFamily(
                 "stripwire_entropy_drift",
@@ -105,8 +111,16 @@ class DriftCollector(Collector):
             "stripwire_entropy_drift_inputs", "Live inputs of the last hour that the drift is of.", value=inputs
         )
 
+    def _say(self, trouble: str) -> None:
+        """Log why the metrics cannot be used, once for each reason."""
+        if trouble not in ("", self._trouble):
+            log(logging.WARNING, "the server's metrics tell no drift", url=self._url, why=trouble)
+        self._trouble = trouble
+
     def _look(self, now: Snapshot) -> tuple[float, int]:
         if self._past and not now.goes_on_from(self._past[-1][1]):
+            if now.shares and self._past[-1][1].shares not in ({}, now.shares):
+                log(logging.WARNING, "another calibration is served than before: start the monitor with its canaries")
             self._past.clear()
         at = self._clock()
         if not self._past or at - self._past[-1][0] >= _LEAST_SECONDS_APART:

@@ -96,6 +96,8 @@ def run_monitor(settings: MonitorSettings, find_control_token: Callable[[], str 
             takes_feedback=settings.feedback_token is not None,
             quarantine=settings.quarantine,
         )
+        if not canaries.trojaned.any():
+            log(logging.WARNING, "no canary is trojaned: nobody sees the FAR, or a guard that accepts everything")
         server = uvicorn.Server(config)
         failures = []
 

@@ -34,7 +34,7 @@ from deploy.embedded.control_file import write_control_token
 from deploy.embedded.launch import bound_to_us
 from deploy.embedded.tls import ServerTls
 from detector.errors import InputError, ServerError, ServerStartError, SetupError
-from detector.quarantine import FOLDER_VARIABLE
+from detector.quarantine import FOLDER_VARIABLE, prepare
 from detector.serving import CONTROL_KEY, MODES, SENTINEL
 from model_repository.manifest import verify_repository
 
@@ -271,6 +271,14 @@ class EmbeddedTriton:
     def start(self) -> None:
         """Verify the repository, start the server, and wait until every model is ready."""
         verify_repository(self.repository)
+        if self.quarantine is not None:
+            try:
+                prepare(self.quarantine)
+            except OSError as error:
+                raise InputError(
+                    f"quarantine: {self.quarantine} cannot be written ({error.strerror or error}), expected a folder "
+                    "of this user's, or none"
+                ) from error
         triton = find_triton()
         _sweep_work_folders()
         self._work_folder = Path(tempfile.mkdtemp(prefix=f"{_WORK_PREFIX}{os.getpid()}-"))
@@ -299,6 +307,10 @@ class EmbeddedTriton:
         Requests that it has are answered, for up to 10 seconds; meanwhile new ones are turned away.
         """
         process, self._process = self._process, None
+        # First of all, or a monitor that finds the token takes the end for a fault, and loads models again.
+        token_file, self._token_file = self._token_file, None
+        if token_file is not None:
+            token_file.unlink(missing_ok=True)
         if process is not None:
             self._drain(process)
             process.terminate()
@@ -311,9 +323,6 @@ class EmbeddedTriton:
             _end_stubs(self._work_folder, timeout_seconds=5)
         for region in _SHARED_MEMORY.glob(f"{self.region_prefix}*"):
             region.unlink(missing_ok=True)
-        token_file, self._token_file = self._token_file, None
-        if token_file is not None:
-            token_file.unlink(missing_ok=True)
         folder, self._work_folder = self._work_folder, None
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -386,6 +395,7 @@ class EmbeddedTriton:
         with (work_folder / "server.log").open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603  our own command line, no shell
                 command,
+                cwd=work_folder,  # Python looks for modules where it is started: nobody else's are to be found there
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

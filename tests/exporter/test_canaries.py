@@ -71,6 +71,7 @@ def test_a_calibration_takes_them_over_but_for_what_it_has_seen(exported: Path, 
     assert canaries.trojaned.sum() == before.trojaned.sum()
     assert canaries.far_upper is None  # nobody has measured it since
     assert canaries.frr_upper == result.calibration.to_json()["frr_high"]
+    assert any("10 of the" in note and "canaries of version 1 calibrate now" in note for note in result.notes)
     activate(repository, "1")
     assert read_canaries(find_canaries(repository)).version == "1"
 

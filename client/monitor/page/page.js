@@ -84,7 +84,7 @@ function add(input) {
   element.querySelector(".verdict").textContent = `class ${input.label}, ${bits}, p = ${input.p_value.toPrecision(2)}`;
   element.querySelector(".why").textContent = input.scores.map((score) => WHY[score] ?? score).join("; ");
   element.querySelector(".when").textContent =
-    `${new Date(1000 * input.rejected_at).toLocaleString()}, version ${input.version}`;
+    `${new Date(1000 * input.rejected_at).toLocaleString(undefined, { timeZoneName: "short" })}, version ${input.version}`;
   element.querySelector(".id").textContent = input.request_id;
   element.querySelector("img").alt = `rejected input ${input.request_id}`;
   element.addEventListener("focusin", () => choose(input.key, false));

@@ -124,8 +124,28 @@ def test_without_an_answer_nothing_is_told(page: Page, text: str, status: int) -
     assert asked(DriftCollector(page.url)) == {}
 
 
-def test_nobody_there_is_no_answer() -> None:
-    assert asked(DriftCollector("http://127.0.0.1:1/metrics")) == {}
+def test_nobody_there_is_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+    collector = DriftCollector("http://127.0.0.1:1/metrics")
+    for _ in range(3):
+        assert asked(collector) == {}
+    assert [record.message for record in caplog.records if record.name == "stripwire.monitor"] == [
+        "the server's metrics tell no drift"  # once, not at every scrape
+    ]
+
+
+def test_a_page_without_a_guard_and_another_calibration_are_told(page: Page, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    collector = DriftCollector(page.url, clock=clock)
+    page.text = "# nothing of ours\n"
+    asked(collector)
+    for shares in ([0.1, 0.5, 0.9], [0.1, 0.5, 0.9], [0.2, 0.5, 0.9]):
+        clock.seconds += 60
+        page.show([0, 0, 0, 0], list(shares))
+        asked(collector)
+    assert [record.message for record in caplog.records if record.name == "stripwire.monitor"] == [
+        "the server's metrics tell no drift",
+        "another calibration is served than before: start the monitor with its canaries",
+    ]
 
 
 def test_no_proxy_is_asked(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,3 +235,18 @@ def test_addresses_are_written_as_clients_read_them(repository: Path) -> None:
     assert EmbeddedTriton(repository, host="::1").grpc_address.startswith("[::1]:")
     with pytest.raises(InputError, match="host: got nothing"):
         EmbeddedTriton(repository, host="")
+
+
+def test_modules_where_the_command_is_started_are_not_those_of_the_server(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "detector").mkdir()
+    (tmp_path / "detector" / "__init__.py").write_text("raise RuntimeError('somebody else has a package of that name')")
+    monkeypatch.chdir(tmp_path)
+    with EmbeddedTriton(repository) as server:
+        assert classify(server.grpc_address) == ([CLASSES], [True])
+
+
+def test_a_quarantine_that_cannot_be_written_is_refused_before_the_start(repository: Path) -> None:
+    with pytest.raises(InputError, match="quarantine: /proc/quarantine cannot be written"):
+        EmbeddedTriton(repository, quarantine=Path("/proc/quarantine")).start()

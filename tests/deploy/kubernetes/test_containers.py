@@ -240,9 +240,12 @@ def test_the_pod_becomes_ready_and_answers(pod: RunningPod) -> None:
 
 
 def test_the_mode_is_that_of_the_config_map(pod: RunningPod) -> None:
-    counted = [line for line in pod.metrics().splitlines() if line.startswith("stripwire_inputs_total{")]
-    modes = {match[1] for line in counted if (match := re.search(r'mode="(\w+)".* [1-9]', line))}
-    assert modes == {"shadow" if pod.name.endswith("+tls") else "block"}
+    def modes() -> set[str]:
+        counted = [line for line in pod.metrics().splitlines() if line.startswith("stripwire_inputs_total{")]
+        return {match[1] for line in counted if (match := re.search(r'mode="(\w+)".* [1-9]', line))}
+
+    wait_for(lambda: modes() != set())  # canaries are counted a moment after they were answered
+    assert modes() == {"shadow" if pod.name.endswith("+tls") else "block"}
 
 
 def test_only_who_has_the_token_controls_models(pod: RunningPod) -> None:
