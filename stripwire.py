@@ -1181,7 +1181,7 @@ def went_back(repository: Path, manifest: dict[str, Any], version: str) -> str:
 def tell_how_to_switch(repository: Path, served: str | None) -> None:
     """Say what the server serves, or how a running one is told."""
     if served is not None:
-        say(f"The server serves version {served}.")
+        say(f"The server serves version {served}. A monitor of it goes by the version before until it is started anew.")
         return
     say("A running server goes on with the version that it has until it is told:")
     command("reload", repository, "--url", "127.0.0.1:8001")
