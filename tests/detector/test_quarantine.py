@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from detector import quarantine as quarantine_module
 from detector.errors import DataError, RepositoryError, SetupError
 from detector.quarantine import (
     BYTES_VARIABLE,
@@ -175,21 +177,23 @@ def test_a_clock_that_is_set_back_makes_nothing_older(tmp_path: Path, monkeypatc
     assert names(tmp_path) == ["new.2", "new.1", "new.0"]
 
 
-def test_a_burst_is_kept_and_not_only_its_beginning(tmp_path: Path) -> None:
-    quarantine = Quarantine(tmp_path, most_inputs=2000)
-    for number in range(1500):
-        quarantine.offer(rejected(f"before.{number}"))
-        while quarantine._waiting.full():
-            time.sleep(0.001)
-    started = time.monotonic()
+def test_the_folder_is_not_looked_through_for_every_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[Path] = []
+    files = quarantine_module._files
+
+    def counted(folder: Path) -> Iterator[tuple[str, int]]:
+        listed.append(folder)
+        return files(folder)
+
+    monkeypatch.setattr(quarantine_module, "_files", counted)
+    quarantine = Quarantine(tmp_path)
     for number in range(300):
         quarantine.offer(rejected(f"a.{number}"))
         while quarantine._waiting.full():
             time.sleep(0.001)
-    # With the folder looked through for each, this takes seconds.
-    assert time.monotonic() - started < 2
     quarantine.close()
-    assert quarantine.kept == 1800
+    assert quarantine.kept == 300
+    assert len(listed) < 30  # once every five seconds
 
 
 def test_whatever_fails_the_next_one_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
