@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,13 +20,12 @@ from urllib.parse import urlencode
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from client.api import GuardedClient
-from deploy.embedded.launch import bound_to_us
+from deploy.background import running
 from deploy.embedded.server import EmbeddedTriton, choose_ports
-from deploy.prometheus.local import RULES, LocalPrometheus, find_program, hasty
-from detector.errors import ServerError, ServerStartError
+from deploy.prometheus.local import RULES, LocalPrometheus, find_program, hasty, local_prometheus
+from detector.errors import ServerError
 from exporter.badnet import TEST_FILE, BadNetOptions, cached_badnet, trojaned_file
 from exporter.canaries import canaries_for
 from exporter.export import Data, ExportOptions, export
@@ -45,7 +43,6 @@ FIRST_SHARE, SECOND_SHARE = 0.05, 0.5
 _CANARIES = 50  # of each kind; the other images are traffic
 _BATCH = 8
 _PAUSE_SECONDS = 0.25
-_START_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -207,7 +204,7 @@ def watch(ports: dict[str, int], *, identities: int, seed: int, on_progress: Pro
         with (
             EmbeddedTriton(folder / "repository", quarantine=quarantine) as server,
             _monitor(server, folder, ports["monitor"]) as (monitor, token),
-            LocalPrometheus(
+            local_prometheus(
                 folder / "prometheus",
                 {"stripwire-triton": server.metrics_address, "stripwire-monitor": monitor.removeprefix("http://")},
                 port=ports["Prometheus"],
@@ -226,40 +223,18 @@ def watch(ports: dict[str, int], *, identities: int, seed: int, on_progress: Pro
 def _monitor(server: EmbeddedTriton, folder: Path, port: int) -> Iterator[tuple[str, str]]:
     """Run the monitor as an operator does; yield its URL and its feedback token."""
     token, url = secrets.token_urlsafe(24), f"http://127.0.0.1:{port}"
-    command = bound_to_us(sys.executable, "-m", "stripwire", "monitor", "--canaries", str(folder / "canaries.npz"))
+    command = [sys.executable, "-m", "stripwire", "monitor", "--canaries", str(folder / "canaries.npz")]
     command += ["--record", str(folder / "feedback.sqlite"), "--quarantine", str(folder / "quarantine")]
     command += ["--url", server.grpc_address, "--listen", url.removeprefix("http://"), "--canaries-per-minute", "240"]
     command += ["--metrics-url", f"http://{server.metrics_address}/metrics"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STRIPWIRE_")}
-    log = folder / "monitor.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(  # noqa: S603  our own command line, no shell
-            command,
-            env=environment | {"STRIPWIRE_FEEDBACK_TOKEN": token},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # Ctrl-C is ours to pass on
-        )
+    environment["STRIPWIRE_FEEDBACK_TOKEN"] = token
 
     def is_ready() -> bool:
-        if process.poll() is not None:
-            raise ServerStartError(f"the monitor did not start:\n{log.read_text(errors='replace')}")
         try:
             return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
         except httpx.TransportError:
             return False
 
-    soon = Retrying(
-        retry=retry_if_result(lambda ready: not ready),
-        wait=wait_fixed(0.2),
-        stop=stop_after_delay(_START_SECONDS),
-        retry_error_callback=lambda _: False,
-    )
-    try:
-        if not soon(is_ready):
-            raise ServerStartError(f"the monitor did not get ready:\n{log.read_text(errors='replace')}")
+    with running("the monitor", command, folder / "monitor.log", is_ready, environment=environment):
         yield url, token
-    finally:
-        process.terminate()
-        process.wait(timeout=60)

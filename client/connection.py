@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from detector.errors import InputError
-from detector.pem import check_pem, no_password
+from detector.pem import check_key_pair, check_pem
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class TlsOptions:
         if self.root_certificates is not None:
             check_pem("root certificates", self.root_certificates, context.load_verify_locations)
         if self.private_key is not None and self.certificate_chain is not None:
-            key = self.private_key
-            check_pem("private key", key, lambda _: None)
-            check_pem(
-                f"certificate chain (with private key {key})",
+            check_key_pair(
+                context,
+                self.private_key,
                 self.certificate_chain,
-                lambda chain: context.load_cert_chain(chain, key, password=no_password),
+                key_is="private key",
+                chain_is=f"certificate chain (with private key {self.private_key})",
             )
 
 

@@ -15,6 +15,7 @@ from detector.errors import (
     ServerError,
     ServerUnavailableError,
 )
+from detector.live_metrics import VERDICTS
 
 OUTCOME_OF_ERROR = MappingProxyType(
     {
@@ -30,9 +31,8 @@ OUTCOME_OF_ERROR = MappingProxyType(
 OUTCOMES = ("answered", *OUTCOME_OF_ERROR.values(), "cancelled")
 """What can become of a request."""
 
-VERDICTS = ("accepted", "rejected")
-
-_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Upper bounds of the buckets of a time until an answer, in seconds."""
 
 
 class ClientMetrics:
@@ -52,7 +52,7 @@ class ClientMetrics:
         self.seconds = Histogram(
             "stripwire_client_request_seconds",
             "Time from sending a batch of images until its answer, retries included, in seconds.",
-            buckets=_BUCKETS,
+            buckets=LATENCY_BUCKETS,
             registry=registry,
         )
         self.inputs = Counter(

@@ -32,6 +32,20 @@ def check_pem(what: str, path: Path, load: Callable[[Path], object]) -> None:
         raise InputError(f"{what}: {path} cannot be used: {error}") from error
 
 
-def no_password() -> bytes:
+def check_key_pair(context: ssl.SSLContext, key: Path, chain: Path, *, key_is: str, chain_is: str) -> None:
+    """Check that a private key and a certificate chain can be used, and belong together; raises as `check_pem` does.
+
+    Args:
+        context: takes them.
+        key: the private key, not encrypted.
+        chain: the certificate, then its issuers.
+        key_is: what the key is, for errors.
+        chain_is: what the chain is, likewise.
+    """
+    check_pem(key_is, key, lambda _: None)
+    check_pem(chain_is, chain, lambda chain: context.load_cert_chain(chain, key, password=_no_password))
+
+
+def _no_password() -> bytes:
     """Keep OpenSSL from asking on the terminal: gRPC, in client and Triton, cannot use an encrypted key either."""
     raise ValueError("the private key is encrypted, and gRPC takes only keys without a password")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detector.errors import DataError, InputError
-from exporter.used import uses
+from exporter.used import digests, uses
 from model_repository.manifest import read_manifest
 from samples.canaries import Canaries, choose_canaries, read_canaries, write_canaries
 
@@ -114,8 +114,8 @@ def write_recalibrated(
     if not (base / FILE).exists():
         return ()
     known = read_canaries(base / FILE)
-    seen = {image.tobytes() for image in used}
-    kept = np.array([image.tobytes() not in seen for image in known.images])
+    seen = {*digests(used)}
+    kept = np.array([digest not in seen for digest in digests(known.images)])
     if kept.any():
         write_canaries(folder / FILE, canaries_for(version, entry, known.images[kept], known.trojaned[kept]))
     if kept.all():

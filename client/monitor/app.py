@@ -19,8 +19,9 @@ from client.monitor.access import Access, answer
 from client.monitor.health import Health
 from client.monitor.logs import log
 from client.monitor.quarantine import QuarantineRoutes, QuarantineView
-from client.monitor.record import TRUTHS, VERDICTS, Added, Feedback, FeedbackRecord
+from client.monitor.record import TRUTHS, Added, Feedback, FeedbackRecord
 from detector.errors import InputError, RecordError
+from detector.live_metrics import VERDICTS
 
 _MOST_BODY_BYTES = 4096
 _BODY_SECONDS = 10.0

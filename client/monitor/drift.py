@@ -75,15 +75,11 @@ class DriftCollector(Collector):
 
     Args:
         url: of Triton's metrics.
-        window_seconds: how far it looks back.
         clock: seconds that never jump.
     """
 
-    def __init__(
-        self, url: str, window_seconds: float = WINDOW_SECONDS, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._url = url
-        self._window_seconds = window_seconds
         self._clock = clock
         self._lock = threading.Lock()
         self._past: deque[tuple[float, Snapshot]] = deque()
@@ -125,6 +121,6 @@ class DriftCollector(Collector):
         at = self._clock()
         if not self._past or at - self._past[-1][0] >= _LEAST_SECONDS_APART:
             self._past.append((at, now))
-        while len(self._past) > 1 and at - self._past[1][0] >= self._window_seconds:
+        while len(self._past) > 1 and at - self._past[1][0] >= WINDOW_SECONDS:
             self._past.popleft()
         return now.distance(self._past[0][1])

@@ -8,7 +8,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from client.monitor.record import TRUTHS, VERDICTS, FeedbackRecord
+from client.metrics import LATENCY_BUCKETS
+from client.monitor.record import TRUTHS, FeedbackRecord
+from detector.live_metrics import VERDICTS
 from detector.serving import BEHIND
 from samples.canaries import Canaries
 
@@ -23,8 +25,6 @@ REFUSALS = ("unauthorized", "disabled", "cross_site", "too_large", "too_slow", "
 
 MODELS = ("guarded", *dict.fromkeys(model for models in BEHIND.values() for model in models))
 """Every model that may have to be loaded again."""
-
-_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
 
 
 class MonitorMetrics:
@@ -45,7 +45,7 @@ class MonitorMetrics:
         self.canary_seconds = Histogram(
             "stripwire_canary_seconds",
             "Time until a canary had its verdict, in seconds.",
-            buckets=_BUCKETS,
+            buckets=LATENCY_BUCKETS,
             registry=registry,
         )
         self.reloads = Counter(

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 
 from detector.errors import InputError, RecordError
+from detector.live_metrics import VERDICTS
 
 TRUTHS = ("clean", "trojaned")
-VERDICTS = ("accepted", "rejected")
 
 _APPLICATION_ID = 0x53545257  # "STRW", in the header of the file
 _SCHEMA_VERSION = 1

@@ -6,35 +6,15 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from client.api import GuardedClient
+from client.metrics import outcome_of
 from client.monitor.metrics import MonitorMetrics
-from detector.errors import (
-    AccessDeniedError,
-    DataError,
-    DeadlineExceededError,
-    InputError,
-    RequestRejectedError,
-    ServerError,
-    ServerUnavailableError,
-)
+from detector.errors import DataError, InputError, ServerError
 from samples.canaries import Canaries
-
-KIND_OF_ERROR = MappingProxyType(
-    {
-        ServerUnavailableError: "unavailable",
-        DeadlineExceededError: "deadline",
-        AccessDeniedError: "denied",
-        RequestRejectedError: "rejected",
-        InputError: "mismatch",
-        ServerError: "failed",
-    }
-)
-"""What an error with a canary is counted as."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +75,7 @@ class CanarySender:
             verdict = client.classify(self._canaries.images[index], canary=True)[0]
         except (ServerError, InputError) as error:
             self.close()
-            kind = next(kind for known, kind in KIND_OF_ERROR.items() if isinstance(error, known))
+            kind = "mismatch" if isinstance(error, InputError) else outcome_of(error)
             self._metrics.canary_errors.labels(kind).inc()
             return Outcome(kind, str(error))
         self._metrics.canary_seconds.observe(self._clock() - started)

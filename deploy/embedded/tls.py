@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from detector.errors import InputError
-from detector.pem import check_pem, no_password
+from detector.pem import check_key_pair, check_pem
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,8 @@ class ServerTls:
 
     def __post_init__(self) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        key = self.key
-        check_pem("TLS key", key, lambda _: None)
-        check_pem(
-            f"TLS certificate (with key {key})",
-            self.certificate,
-            lambda chain: context.load_cert_chain(chain, key, password=no_password),
-        )
+        chain_is = f"TLS certificate (with key {self.key})"
+        check_key_pair(context, self.key, self.certificate, key_is="TLS key", chain_is=chain_is)
         if self.client_authorities is not None:
             check_pem("TLS client authorities", self.client_authorities, context.load_verify_locations)
 

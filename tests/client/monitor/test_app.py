@@ -21,9 +21,10 @@ from client.monitor.app import MonitorApp, read_feedback
 from client.monitor.health import Health
 from client.monitor.metrics import ERROR_KINDS, MODELS, REFUSALS, RELOAD_REASONS, FeedbackCollector, MonitorMetrics
 from client.monitor.quarantine import QuarantineView
-from client.monitor.record import TRUTHS, VERDICTS, Feedback, FeedbackRecord
+from client.monitor.record import TRUTHS, Feedback, FeedbackRecord
 from client.monitor.sender import CanarySender
 from detector.errors import InputError
+from detector.live_metrics import VERDICTS
 from tests.client.monitor.conftest import TOKEN, canaries, parsed, wait_for
 
 WHOLE = {"request_id": "one", "truth": "clean", "verdict": "rejected"}

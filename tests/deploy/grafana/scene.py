@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from client.api import GuardedClient
 from deploy.embedded.server import EmbeddedTriton, choose_ports
-from deploy.prometheus.local import LocalPrometheus, find_program
+from deploy.prometheus.local import LocalPrometheus, find_program, local_prometheus
 from detector.errors import SetupError
 from exporter.canaries import canaries_for
 from model_repository.manifest import read_manifest
@@ -40,7 +40,7 @@ def prometheus(folder: Path, jobs: Mapping[str, str]) -> Iterator[LocalPrometheu
     """Run a Prometheus that scrapes `jobs`, addresses by name, once a second; all it writes is in `folder`."""
     find("prometheus")
     port = choose_ports("127.0.0.1", {"Prometheus": 0})["Prometheus"]
-    with LocalPrometheus(folder, jobs, port=port) as running:
+    with local_prometheus(folder, jobs, port=port) as running:
         yield running
 
 
