@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -20,6 +21,13 @@ def skip_or_fail(reason: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 60.0) -> None:
+    give_up_at = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < give_up_at, "it did not happen in time"
+        time.sleep(0.05)
 
 
 @pytest.fixture(params=["numpy", "array_api_strict", pytest.param("cupy", marks=pytest.mark.gpu)])

@@ -31,7 +31,7 @@ from exporter.fused import fuse
 from exporter.preprocessing import Preprocessing
 from exporter.repository import Recalibrated, ServedModel, activate, write_recalibration, write_repository
 from model_repository.manifest import read_manifest, verify_repository, write_manifest
-from tests.client.monitor.conftest import wait_for
+from tests.conftest import wait_for
 from tests.networks import small_network
 from tests.test_live_metrics import scraped, series
 

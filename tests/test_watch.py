@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from deploy.prometheus.local import RULES, hasty
-from tests.client.monitor.conftest import wait_for
+from tests.conftest import wait_for
 from tests.deploy.grafana.scene import find
 
 ROOT = Path(__file__).parents[1]
@@ -43,20 +43,24 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_the_rates_and_the_alert_follow_the_attack_and_ctrl_c_stops_all(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
-    command = [sys.executable, "-m", "stripwire", "watch", "--identities", "20", "--switch-after", "15"]
-    command += ["--monitor-port", "0", "--prometheus-port", "0"]
-    with subprocess.Popen(
-        command,
+def watching(environment: dict[str, str], *options: str) -> subprocess.Popen[str]:
+    """Start the command, on free ports."""
+    ports = ("--monitor-port", "0", "--prometheus-port", "0")
+    return subprocess.Popen(
+        [sys.executable, "-m", "stripwire", "watch", "--identities", "20", *ports, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
         env=environment,
         preexec_fn=heed_interrupts,
-    ) as process:
+    )
+
+
+def test_the_rates_and_the_alert_follow_the_attack_and_ctrl_c_stops_all(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    with watching(environment, "--switch-after", "15") as process:
         assert process.stdout is not None
         said = []
         for line in process.stdout:
@@ -90,15 +94,7 @@ def survivors(folder: Path) -> list[str]:
 
 
 def test_when_it_is_killed_nothing_goes_on(environment: dict[str, str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "stripwire", "watch", "--identities", "20", "--monitor-port", "0"]
-    with subprocess.Popen(
-        [*command, "--prometheus-port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    ) as process:
+    with watching(environment) as process:
         assert process.stdout is not None
         said = []
         for line in process.stdout:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,16 +12,10 @@ from typing import Any, TypeAlias
 import pytest
 
 from client.api import AsyncGuardedClient, GuardedClient
+from tests.certificates import OpenSsl
 
 Connect: TypeAlias = Callable[..., Any]
 """Opens a client with the options of `GuardedClient`."""
-
-
-def wait_for(happened: Callable[[], bool], seconds: float = 60.0) -> None:
-    give_up_at = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < give_up_at, "it did not happen in time"
-        time.sleep(0.02)
 
 
 class Awaited:
@@ -80,22 +71,10 @@ def connect(request: pytest.FixtureRequest) -> Connect:
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An authority, a server certificate for `stripwire.test` and 127.0.0.1, and a client certificate."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("needs the openssl command")
     folder = tmp_path_factory.mktemp("certificates")
-
-    def run(*arguments: str) -> None:
-        subprocess.run([openssl, *arguments], cwd=folder, check=True, capture_output=True)
-
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    run("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=test authority", "-days", "2")
+    openssl = OpenSsl(folder)
+    openssl.write_authority("ca")
     for name in ("server", "client"):
-        (folder / f"{name}.ext").write_text("subjectAltName=DNS:stripwire.test,IP:127.0.0.1\n")
-        run("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        run(
-            *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial"),
-            *("-out", f"{name}.crt", "-extfile", f"{name}.ext", "-days", "2"),
-        )
-    run("pkcs8", "-topk8", "-in", "client.key", "-out", "locked.key", "-passout", "pass:secret")
+        openssl.write_signed(name, "subjectAltName=DNS:stripwire.test,IP:127.0.0.1\n")
+    openssl.write_locked("client")
     return folder

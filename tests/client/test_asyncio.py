@@ -17,8 +17,8 @@ from client.api import AsyncGuardedClient
 from deploy.embedded.server import EmbeddedTriton
 from detector.errors import InputError, ServerError
 from samples.hdf5 import read_hdf5
-from tests.client.conftest import wait_for
 from tests.client.double import Server, images_of
+from tests.conftest import wait_for
 
 
 @pytest.fixture

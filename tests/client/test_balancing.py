@@ -23,9 +23,10 @@ from client.connection import read_target, triton_options
 from deploy.embedded.server import EmbeddedTriton
 from detector.errors import InputError, ServerUnavailableError
 from samples.hdf5 import read_hdf5
-from tests.client.conftest import Connect, wait_for
+from tests.client.conftest import Connect
 from tests.client.double import Server, images_of
 from tests.client.names import NameServer
+from tests.conftest import wait_for
 
 # What an address means
 

@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.embedded.server import EmbeddedTriton
 from samples.canaries import Canaries, write_canaries
+from tests.conftest import wait_for
 
 ROOT = Path(__file__).parents[3]
 SHAPE, CLASSES = (8, 7, 3), 5
@@ -96,13 +99,6 @@ def kill(server: EmbeddedTriton, model: str) -> None:
     wait_for(lambda: stub.status() == psutil.STATUS_ZOMBIE)
 
 
-def wait_for(happened: Callable[[], bool], seconds: float = 60.0) -> None:
-    give_up_at = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < give_up_at, "it did not happen in time"
-        time.sleep(0.05)
-
-
 def parsed(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """Return every sample of a page of metrics, by name and labels."""
     return {
@@ -168,3 +164,37 @@ def monitoring(canary_file: Path, url: str, *options: str | Path, record: Path |
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+class TextPage:
+    """A server that answers every question with the same text.
+
+    Attributes:
+        text: the answer.
+        status: of it.
+        url: that is asked.
+    """
+
+    def __init__(self, server: ThreadingHTTPServer) -> None:
+        self.text, self.status = "", 200
+        self.url = f"http://127.0.0.1:{server.server_port}"
+
+
+@pytest.fixture
+def page_of_text() -> Iterator[TextPage]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(page.status)
+            self.end_headers()
+            self.wfile.write(page.text.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        page = TextPage(server)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield page
+        server.shutdown()
+        thread.join()

@@ -25,7 +25,8 @@ from client.monitor.record import TRUTHS, Feedback, FeedbackRecord
 from client.monitor.sender import CanarySender
 from detector.errors import InputError
 from detector.live_metrics import VERDICTS
-from tests.client.monitor.conftest import TOKEN, canaries, parsed, wait_for
+from tests.client.monitor.conftest import TOKEN, canaries, parsed
+from tests.conftest import wait_for
 
 WHOLE = {"request_id": "one", "truth": "clean", "verdict": "rejected"}
 BEARER = {"Authorization": f"Bearer {TOKEN}"}

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -13,7 +9,8 @@ from scipy import stats
 from client.api import GuardedClient
 from client.monitor.drift import DriftCollector, Snapshot
 from deploy.embedded.server import EmbeddedTriton
-from tests.client.monitor.conftest import SHAPE, wait_for
+from tests.client.monitor.conftest import SHAPE, TextPage
+from tests.conftest import wait_for
 
 BOUNDS = (0.5, 1.0, 2.0)
 
@@ -21,22 +18,8 @@ BOUNDS = (0.5, 1.0, 2.0)
 class Page:
     """A page of metrics, served over HTTP, that can be set."""
 
-    def __init__(self) -> None:
-        self.text = ""
-        self.status = 200
-        page = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.send_response(page.status)
-                self.end_headers()
-                self.wfile.write(page.text.encode())
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/metrics"
+    def __init__(self, served: TextPage) -> None:
+        self.served = served
 
     def show(self, live: list[float], shares: list[float], canary: int = 0) -> None:
         """Show how many live inputs are at or under each bound, the last of which is infinity, and what is clean."""
@@ -47,18 +30,12 @@ class Page:
         lines.append("# TYPE stripwire_calibration_entropy_share gauge")
         for bound, share in zip(BOUNDS, shares, strict=True):
             lines.append(f'stripwire_calibration_entropy_share{{le="{bound}"}} {share}')
-        self.text = "\n".join(lines) + "\n"
+        self.served.text = "\n".join(lines) + "\n"
 
 
 @pytest.fixture
-def page() -> Iterator[Page]:
-    shown = Page()
-    thread = threading.Thread(target=shown.server.serve_forever)
-    thread.start()
-    yield shown
-    shown.server.shutdown()
-    thread.join()
-    shown.server.server_close()
+def page(page_of_text: TextPage) -> Page:
+    return Page(page_of_text)
 
 
 class Clock:
@@ -85,7 +62,7 @@ def test_the_distance_is_that_of_kolmogorov_and_smirnov() -> None:
 
 def test_only_live_inputs_of_the_last_hour_count(page: Page) -> None:
     clock, shares = Clock(), [0.1, 0.5, 0.9]
-    collector = DriftCollector(page.url, clock=clock)
+    collector = DriftCollector(page.served.url, clock=clock)
     page.show([500, 500, 500, 500], shares, canary=7)
     assert asked(collector) == {"stripwire_entropy_drift_inputs": 0}
     clock.seconds += 60
@@ -104,7 +81,7 @@ def test_only_live_inputs_of_the_last_hour_count(page: Page) -> None:
 
 def test_a_server_or_a_version_that_is_new_begins_anew(page: Page) -> None:
     clock = Clock()
-    collector = DriftCollector(page.url, clock=clock)
+    collector = DriftCollector(page.served.url, clock=clock)
     for live, shares, inputs in (
         ([100, 100, 100, 1000], [0.1, 0.5, 0.9], 0),
         ([300, 300, 300, 1500], [0.1, 0.5, 0.9], 500),
@@ -120,8 +97,8 @@ def test_a_server_or_a_version_that_is_new_begins_anew(page: Page) -> None:
 
 @pytest.mark.parametrize(("text", "status"), [("", 503), ("no metrics {", 200)])
 def test_without_an_answer_nothing_is_told(page: Page, text: str, status: int) -> None:
-    page.text, page.status = text, status
-    assert asked(DriftCollector(page.url)) == {}
+    page.served.text, page.served.status = text, status
+    assert asked(DriftCollector(page.served.url)) == {}
 
 
 def test_nobody_there_is_no_answer(caplog: pytest.LogCaptureFixture) -> None:
@@ -135,8 +112,8 @@ def test_nobody_there_is_no_answer(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_page_without_a_guard_and_another_calibration_are_told(page: Page, caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    collector = DriftCollector(page.url, clock=clock)
-    page.text = "# nothing of ours\n"
+    collector = DriftCollector(page.served.url, clock=clock)
+    page.served.text = "# nothing of ours\n"
     asked(collector)
     for shares in ([0.1, 0.5, 0.9], [0.1, 0.5, 0.9], [0.2, 0.5, 0.9]):
         clock.seconds += 60
@@ -151,7 +128,7 @@ def test_a_page_without_a_guard_and_another_calibration_are_told(page: Page, cap
 def test_no_proxy_is_asked(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     page.show([0, 0, 0, 0], [0.1, 0.5, 0.9])
-    assert asked(DriftCollector(page.url)) == {"stripwire_entropy_drift_inputs": 0}
+    assert asked(DriftCollector(page.served.url)) == {"stripwire_entropy_drift_inputs": 0}
 
 
 def test_a_real_server_is_understood(ensemble: EmbeddedTriton) -> None:

@@ -18,7 +18,8 @@ from client.monitor.metrics import ERROR_KINDS, MonitorMetrics
 from client.monitor.sender import CanarySender
 from deploy.embedded.server import EmbeddedTriton
 from detector.serving import BEHIND
-from tests.client.monitor.conftest import CLASSES, SHAPE, canaries, kill, serving, stub_of, wait_for
+from tests.client.monitor.conftest import CLASSES, SHAPE, canaries, kill, serving, stub_of
+from tests.conftest import wait_for
 
 AWAY = "127.0.0.1:1"
 

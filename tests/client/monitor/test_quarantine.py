@@ -9,11 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +29,9 @@ from client.quarantine import QuarantineClient
 from deploy.embedded.server import EmbeddedTriton
 from detector.errors import AccessDeniedError, InputError, RecordError, ServerError
 from detector.quarantine import FOLDER_VARIABLE, Quarantine, Rejected, quarantined
-from tests.client.monitor.conftest import ROOT, SHAPE, TOKEN, Monitor, monitoring, parsed, serving, wait_for
-from tests.conftest import skip_or_fail
+from tests.client.monitor.conftest import ROOT, SHAPE, TOKEN, Monitor, TextPage, monitoring, serving
+from tests.conftest import skip_or_fail, wait_for
+from tests.test_live_metrics import scraped, series
 
 IMAGES = np.random.default_rng(5).integers(0, 256, (3, *SHAPE), dtype=np.uint8)
 
@@ -116,11 +114,7 @@ def test_what_was_rejected_is_listed_shown_and_labelled(watched: Watched) -> Non
     assert watched.monitor.metric("stripwire_quarantine_inputs", truth="unlabelled") == 5
     assert watched.monitor.metric("stripwire_quarantine_inputs", truth="trojaned") == 1
 
-    def kept() -> float:
-        with urllib.request.urlopen(f"http://{watched.server.metrics_address}/metrics", timeout=10) as page:
-            return parsed(page.read().decode())["stripwire_quarantine_kept_total", ()]
-
-    wait_for(lambda: kept() == 6)
+    wait_for(lambda: scraped(watched.server)[series("quarantine_kept_total")] == 6)
 
 
 def run(watched: Watched, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -213,29 +207,9 @@ def test_no_proxy_sees_the_token(canary_file: Path, monkeypatch: pytest.MonkeyPa
                 assert client.listing()["kept"] == 0
 
 
-def test_what_is_no_monitor_is_told(page_of_nothing: str) -> None:
-    with pytest.raises(ServerError, match="answers no JSON"), QuarantineClient(page_of_nothing, TOKEN) as client:
+def test_what_is_no_monitor_is_told(page_of_text: TextPage) -> None:
+    with pytest.raises(ServerError, match="answers no JSON"), QuarantineClient(page_of_text.url, TOKEN) as client:
         client.listing()
-
-
-@pytest.fixture
-def page_of_nothing() -> Iterator[str]:
-    """Yield the URL of a server that answers everything with an empty page."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
 
 
 @pytest.mark.parametrize("watched", ["fused"], indirect=True)
@@ -283,11 +257,7 @@ def test_a_quarantine_that_cannot_be_written_fails_no_request(watched: Watched) 
     with GuardedClient(watched.server.grpc_address) as client:
         assert client.classify(IMAGES).trojaned.all()
 
-    def failed() -> float:
-        with urllib.request.urlopen(f"http://{watched.server.metrics_address}/metrics", timeout=10) as page:
-            return parsed(page.read().decode())["stripwire_quarantine_dropped_total", (("reason", "failed"),)]
-
-    wait_for(lambda: failed() == 3)
+    wait_for(lambda: scraped(watched.server)[series("quarantine_dropped_total", reason="failed")] == 3)
     assert watched.listing() == {"kept": 0, "unlabelled": 0, "inputs": []}
 
 

@@ -18,7 +18,8 @@ import pytest
 from client.monitor.record import FeedbackRecord
 from deploy.embedded.server import EmbeddedTriton
 from samples.canaries import write_canaries
-from tests.client.monitor.conftest import ROOT, Monitor, canaries, kill, monitoring, wait_for
+from tests.client.monitor.conftest import ROOT, Monitor, canaries, kill, monitoring
+from tests.conftest import wait_for
 
 AWAY = "127.0.0.1:1"
 FAST = ("--canaries-per-minute", "600")

@@ -1,14 +1,11 @@
-"""Throw-away certificates, by the openssl command."""
+"""The certificates that the embedded server and its callers are tried with."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
-from tests.conftest import skip_or_fail
+from tests.certificates import OpenSsl
 
-_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 _LOCAL = "subjectAltName=DNS:localhost,IP:127.0.0.1\n"
 _ELSEWHERE = "subjectAltName=DNS:elsewhere.test\n"
 
@@ -19,39 +16,25 @@ def write_certificates(folder: Path) -> None:
     `server` and `client` are for this machine and signed by `ca`; `expired` was valid in 2024; `elsewhere` is
     for another machine; `stranger` is signed by `foreign`. `locked.key` is encrypted.
     """
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        skip_or_fail("needs the openssl command")
-
-    def run(*arguments: str) -> None:
-        subprocess.run([str(openssl), *arguments], cwd=folder, check=True, capture_output=True)
-
+    openssl = OpenSsl(folder)
     for authority in ("ca", "foreign"):
-        subject = ("-subj", f"/CN={authority} of the tests", "-days", "2")
-        run("req", "-x509", *_KEY, "-keyout", f"{authority}.key", "-out", f"{authority}.crt", *subject)
-    (folder / "index.txt").write_text("")
-    signed = {
-        "server": ("ca", _LOCAL),
-        "client": ("ca", _LOCAL),
-        "expired": ("ca", _LOCAL),
-        "elsewhere": ("ca", _ELSEWHERE),
-        "stranger": ("foreign", _LOCAL),
-    }
-    for name, (authority, names) in signed.items():
-        (folder / f"{name}.ext").write_text(names)
-        run("req", *_KEY, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        dates = (
-            ("-startdate", "20240101000000Z", "-enddate", "20240102000000Z") if name == "expired" else ("-days", "2")
-        )
-        run(
-            *("ca", "-batch", "-notext", "-config", _config(folder), "-in", f"{name}.csr", "-out", f"{name}.crt"),
-            *("-cert", f"{authority}.crt", "-keyfile", f"{authority}.key", "-extfile", f"{name}.ext", *dates),
-        )
-    run("pkcs8", "-topk8", "-in", "server.key", "-out", "locked.key", "-passout", "pass:secret")
+        openssl.write_authority(authority)
+    for name in ("server", "client"):
+        openssl.write_signed(name, _LOCAL)
+    openssl.write_signed("elsewhere", _ELSEWHERE)
+    openssl.write_signed("stranger", _LOCAL, "foreign")
+    openssl.write_request("expired", _LOCAL)
+    openssl.run(
+        *("ca", "-batch", "-notext", "-config", _config(folder), "-in", "expired.csr", "-out", "expired.crt"),
+        *("-cert", "ca.crt", "-keyfile", "ca.key", "-extfile", "expired.ext"),
+        *("-startdate", "20240101000000Z", "-enddate", "20240102000000Z"),
+    )
+    openssl.write_locked("server")
 
 
 def _config(folder: Path) -> str:
     """Return what `openssl ca`, which alone writes dates in the past, wants to know."""
+    (folder / "index.txt").write_text("")
     (folder / "openssl.cnf").write_text(
         "[ca]\ndefault_ca = tests\n"
         "[tests]\ndatabase = index.txt\nnew_certs_dir = .\nrand_serial = yes\ndefault_md = sha256\npolicy = any\n"

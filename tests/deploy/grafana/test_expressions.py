@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from deploy.embedded.server import EmbeddedTriton
 from deploy.grafana import expressions as ask
 from deploy.prometheus.local import LocalPrometheus
-from tests.client.monitor.conftest import wait_for
+from tests.conftest import wait_for
 from tests.deploy.grafana import board
 from tests.deploy.grafana.scene import Scene, find, scene
 

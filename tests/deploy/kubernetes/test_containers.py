@@ -21,8 +21,8 @@ from client.monitor.settings import MonitorSettings
 from deploy.embedded import server as embedded
 from detector.errors import AccessDeniedError, ServerUnavailableError
 from model_repository.manifest import FUSED, MODELS
-from tests.client.monitor.conftest import wait_for
-from tests.conftest import skip_or_fail
+from tests.certificates import OpenSsl
+from tests.conftest import wait_for
 from tests.deploy.kubernetes.manifests import (
     EVERYTHING,
     KUBERNETES,
@@ -142,15 +142,8 @@ def test_the_init_container_stops_a_pod_whose_repository_was_tampered_with(
 @pytest.fixture(scope="module")
 def certificates(place: Place) -> Place:
     """Put what cert-manager would into the Secrets of the component `tls`, by its Certificates."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        skip_or_fail("openssl is missing; apt-get install openssl has it")
-
-    def run(*arguments: str) -> None:
-        subprocess.run([str(openssl), *arguments], cwd=place.folder, check=True, capture_output=True)
-
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    run("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=stripwire", "-days", "2")
+    openssl = OpenSsl(place.folder)
+    openssl.write_authority("ca")
     specs = {one["spec"]["secretName"]: one["spec"] for one in of_kind(rendered("cpu+tls"), "Certificate")}
     for secret in ("stripwire-server-tls", "stripwire-client-tls"):
         folder = place.folder / secret.removeprefix("stripwire-")  # as the volumes are called
@@ -159,12 +152,10 @@ def certificates(place: Place) -> Place:
         names = [f"DNS:{name}" for name in spec.get("dnsNames", ["monitor"])]
         names += [f"IP:{address}" for address in spec.get("ipAddresses", [])]
         usage = {"server auth": "serverAuth", "client auth": "clientAuth"}[spec["usages"][0]]
-        (place.folder / "extensions").write_text(
-            f"subjectAltName={','.join(names)}\nextendedKeyUsage={usage}\nbasicConstraints=CA:FALSE\n"
-        )
-        run("req", *key, "-keyout", f"{folder}/tls.key", "-out", "request", "-subj", f"/CN={secret}")
-        signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "extensions", "-days", "2")
-        run("x509", "-req", "-in", "request", "-out", f"{folder}/tls.crt", *signed)
+        extensions = f"subjectAltName={','.join(names)}\nextendedKeyUsage={usage}\nbasicConstraints=CA:FALSE\n"
+        openssl.write_signed(secret, extensions)
+        for kind in ("key", "crt"):
+            shutil.move(place.folder / f"{secret}.{kind}", folder / f"tls.{kind}")
         shutil.copy(place.folder / "ca.crt", folder)
     return place
 

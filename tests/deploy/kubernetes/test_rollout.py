@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from client.api import GuardedClient
 from deploy.embedded import server as embedded
 from detector.errors import ServerError
-from tests.client.monitor.conftest import wait_for
+from tests.conftest import wait_for
 from tests.deploy.kubernetes.manifests import server
 from tests.deploy.kubernetes.processes import Place, serving
 
