@@ -1015,6 +1015,22 @@ def quarantine_label(
     say(f"{new} recorded as {truth}" + (f", {known} had been before." if known else "."))
 
 
+@quarantine_app.command("remove", epilog="Example: stripwire quarantine remove 7f3a.0")
+def quarantine_remove(
+    request_ids: Annotated[list[str], typer.Argument(help="Names of the inputs, as `list --all` has them.")],
+    monitor: Monitor = "http://127.0.0.1:8003",
+    feedback_token: FeedbackToken = None,
+) -> None:
+    """Remove rejected inputs for good, all of these names; what was said of them stays in the record."""
+    from client.quarantine import QuarantineClient
+
+    with QuarantineClient(monitor, feedback_token) as client:
+        for request_id in request_ids:
+            client.find(request_id)  # or nothing is removed
+        removed = sum(client.remove(request_id) for request_id in request_ids)
+    say(f"{removed} removed.")
+
+
 def thresholds(calibration: Calibration) -> str:
     """Say what is rejected at or beyond."""
     texts = [f"{calibration.threshold_bits:.4g} bits"]

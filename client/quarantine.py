@@ -75,13 +75,7 @@ class QuarantineClient:
             InputError: there is none of that name, or no more.
             ServerError: no usable answer.
         """
-        found = self._json("GET", "/v1/quarantine", params={"request_id": request_id, "limit": 1})
-        for about in found["inputs"]:
-            return dict(about)
-        raise InputError(
-            f"request id: {request_id!r} is not in the quarantine, or no more: the oldest inputs go. `stripwire "
-            "quarantine list --all` shows those that are"
-        )
+        return self._named(request_id, limit=1)[0]
 
     def picture(self, key: str) -> bytes:
         """Return the image of an input as PNG; raises as `listing` does."""
@@ -97,6 +91,30 @@ class QuarantineClient:
         feedback = {"request_id": key, "truth": truth, "verdict": "rejected"}
         return self._ask("POST", "/v1/feedback", json=feedback).status_code == 201
 
+    def remove(self, request_id: str) -> int:
+        """Remove the inputs of a name for good; return how many there were. What was recorded of them stays.
+
+        Raises:
+            InputError: there is none of that name, or no more.
+            ServerError: no usable answer, or the monitor may not write the folder.
+        """
+        found = self._named(request_id, limit=1000)
+        for about in found:
+            # Where it has gone meanwhile, what was wanted holds.
+            self._ask("DELETE", f"/v1/quarantine/{quote(about['key'], safe='')}", absent_is_fine=True)
+        return len(found)
+
+    def _named(self, request_id: str, limit: int) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._json(
+            "GET", "/v1/quarantine", params={"request_id": request_id, "limit": limit}
+        )["inputs"]
+        if not found:
+            raise InputError(
+                f"request id: {request_id!r} is not in the quarantine, or no more: the oldest inputs go. `stripwire "
+                "quarantine list --all` shows those that are"
+            )
+        return found
+
     def _json(self, method: str, path: str, **given: Any) -> dict[str, Any]:
         answer = self._ask(method, path, **given)
         try:
@@ -105,14 +123,14 @@ class QuarantineClient:
             raise ServerError(f"monitor: {self._url} is no monitor of ours: it answers no JSON") from error
         return found
 
-    def _ask(self, method: str, path: str, **given: Any) -> httpx.Response:
+    def _ask(self, method: str, path: str, *, absent_is_fine: bool = False, **given: Any) -> httpx.Response:
         try:
             answer = self._http.request(method, path, **given)
         except httpx.HTTPError as error:
             raise ServerUnavailableError(
                 f"monitor: {self._url} does not answer ({error}); is this where `stripwire monitor` listens?"
             ) from error
-        if answer.is_success:
+        if answer.is_success or (absent_is_fine and answer.status_code == 404):
             return answer
         said = _error_in(answer)
         if answer.status_code in (401, 403):

@@ -37,6 +37,9 @@ FOLDER_VARIABLE = "STRIPWIRE_QUARANTINE"
 INPUTS_VARIABLE, BYTES_VARIABLE = "STRIPWIRE_QUARANTINE_INPUTS", "STRIPWIRE_QUARANTINE_BYTES"
 """Likewise: how many inputs there may be, and how many bytes they may take."""
 
+DAYS_VARIABLE = "STRIPWIRE_QUARANTINE_DAYS"
+"""Likewise: how many days an input is kept; without it, until others need its room."""
+
 DEFAULT_INPUTS, DEFAULT_BYTES = 1000, 2**28
 
 DROPPED = ("busy", "too_large", "failed")
@@ -49,7 +52,9 @@ _FILE = re.compile(rf"(?P<nanoseconds>\d{{20}})-(?P<request_id>{REQUEST_ID})\.np
 _PARTIAL_PREFIX = ".partial-"
 _ABANDONED_SECONDS = 60.0  # after so long, nobody writes a file any more
 _LISTED_SECONDS = 5.0  # how long what is known of the folder is taken to be true
+_AGED_SECONDS = 60.0  # after so long without a rejected input, those that are too old are looked for
 _CLOSE_SECONDS = 10.0
+_DAY_NANOSECONDS = 24 * 3600 * 10**9
 _WAITING = 64  # images, in memory
 
 
@@ -91,14 +96,21 @@ class Quarantine:
         folder: where they are kept; made if there is none.
         most_inputs: how many there may be.
         most_bytes: how many bytes their files may have.
+        most_days: how many days one is kept; None for as long as there is room.
 
     Raises:
         SetupError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, most_inputs: int = DEFAULT_INPUTS, most_bytes: int = DEFAULT_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        most_inputs: int = DEFAULT_INPUTS,
+        most_bytes: int = DEFAULT_BYTES,
+        most_days: float | None = None,
+    ) -> None:
         self._folder = folder
-        self._most_inputs, self._most_bytes = most_inputs, most_bytes
+        self._most_inputs, self._most_bytes, self._most_days = most_inputs, most_bytes, most_days
         self.kept = self.removed = 0
         self.dropped = dict.fromkeys(DROPPED, 0)
         try:
@@ -127,13 +139,12 @@ class Quarantine:
         """
         if not (folder := environment.get(FOLDER_VARIABLE)):
             return None
-        bounds = []
-        for name, default in ((INPUTS_VARIABLE, DEFAULT_INPUTS), (BYTES_VARIABLE, DEFAULT_BYTES)):
-            asked = environment.get(name) or str(default)
+        bounds = {"most_inputs": INPUTS_VARIABLE, "most_bytes": BYTES_VARIABLE, "most_days": DAYS_VARIABLE}
+        given = {argument: (name, environment[name]) for argument, name in bounds.items() if environment.get(name)}
+        for name, asked in given.values():
             if not re.fullmatch(r"[1-9]\d{0,17}", asked):
                 raise SetupError(f"{name}: got {asked!r}, expected a whole number of at least 1")
-            bounds.append(int(asked))
-        return cls(Path(folder), *bounds)
+        return cls(Path(folder), **{argument: int(asked) for argument, (_, asked) in given.items()})
 
     def offer(self, rejected: Rejected) -> None:
         """Hand in an input; returns at once, also where it cannot be kept."""
@@ -149,7 +160,14 @@ class Quarantine:
             self._thread.join(_CLOSE_SECONDS)
 
     def _run(self) -> None:
-        while (rejected := self._waiting.get()) is not None:
+        while True:
+            try:
+                rejected = self._waiting.get(timeout=None if self._most_days is None else _AGED_SECONDS)
+            except queue.Empty:
+                self._remove_aged()
+                continue
+            if rejected is None:
+                return
             self._keep(rejected)
 
     def _keep(self, rejected: Rejected) -> None:
@@ -165,6 +183,13 @@ class Quarantine:
             print(f"stripwire: a rejected input was not kept: {error!r}", file=sys.stderr)
         else:
             self.kept += 1
+
+    def _remove_aged(self) -> None:
+        try:
+            self._make_room(0)
+        except Exception as error:  # noqa: BLE001  whatever it is, later it may do, and serving goes on
+            self._listed_at = -math.inf
+            print(f"stripwire: rejected inputs that are too old were not removed: {error!r}", file=sys.stderr)
 
     def _write(self, request_id: str, content: bytes) -> None:
         self._make_room(len(content))
@@ -182,14 +207,22 @@ class Quarantine:
         self._known.append((name, len(content)))
 
     def _make_room(self, needed: int) -> None:
-        """Remove the oldest inputs until one more, of so many bytes, is within the bounds; with 0, until all are."""
+        """Remove the oldest inputs until one more, of so many bytes, is within the bounds; with 0, until all are.
+
+        Inputs that are too old go in any case.
+        """
         if time.monotonic() - self._listed_at > _LISTED_SECONDS:
             self._known = deque(sorted(_files(self._folder)))
             self._listed_at = time.monotonic()
         total = sum(size for _, size in self._known) + needed
-        while self._known and (len(self._known) + bool(needed) > self._most_inputs or total > self._most_bytes):
-            name, size = self._known.popleft()
+        aged = 0 if self._most_days is None else time.time_ns() - int(self._most_days * _DAY_NANOSECONDS)
+        while self._known:
+            name, size = self._known[0]
+            fits = len(self._known) + bool(needed) <= self._most_inputs and total <= self._most_bytes
+            if fits and int(name.partition("-")[0]) >= aged:
+                return
             (self._folder / name).unlink(missing_ok=True)
+            self._known.popleft()
             self.removed += 1
             total -= size
 
@@ -231,6 +264,22 @@ def read_about(folder: Path, key: str) -> dict[str, Any] | None:
 def read_rejected(folder: Path, key: str) -> Rejected | None:
     """Return an input; None where it is there no more, since the oldest go; raises as `read_about` does."""
     return _read(folder, key, lambda stored: Rejected(image=_image(stored), **_about(stored, key)))
+
+
+def remove(folder: Path, key: str) -> bool:
+    """Remove an input for good; return whether it was there.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    name = f"{key}.npz"
+    if _FILE.fullmatch(name) is None:
+        return False
+    try:
+        (folder / name).unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _read(folder: Path, key: str, read: Callable[[Any], _T]) -> _T | None:
@@ -291,7 +340,7 @@ class QuarantineMetrics:
         self._metrics: list[Any] = []
         for name, description, labels in (
             ("kept", "Rejected inputs that were kept", [{}]),
-            ("removed", "Rejected inputs that went, being the oldest, to make room", [{}]),
+            ("removed", "Rejected inputs that went to make room, being the oldest, or for their age", [{}]),
             ("dropped", "Rejected inputs that were not kept, by why", [{"reason": reason} for reason in DROPPED]),
         ):
             made = family(name=f"stripwire_quarantine_{name}_total", description=description, kind=family.COUNTER)

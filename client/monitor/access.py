@@ -51,7 +51,7 @@ class Access:
         self, request: Request, reason: str, status: int, error: str, headers: Mapping[str, str] | None = None
     ) -> Response:
         """Return the answer to a request that is refused; of feedback, it is counted by `reason`."""
-        if request.method not in _READING:
+        if request.method == "POST":
             self._metrics.refusals.labels(reason).inc()
         # Whatever is left of the body is not read: it may have no end.
         hang_up = {"Connection": "close"} if status in (401, 403, 408, 413) else {}

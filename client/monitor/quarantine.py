@@ -23,7 +23,7 @@ from client.monitor.access import Access, answer
 from client.monitor.logs import log
 from client.monitor.record import TRUTHS, FeedbackRecord
 from detector.errors import DataError, RecordError
-from detector.quarantine import quarantined, read_about, read_rejected, request_id_of
+from detector.quarantine import quarantined, read_about, read_rejected, remove, request_id_of
 
 _T = TypeVar("_T")
 
@@ -119,6 +119,23 @@ class QuarantineView:
         Image.fromarray(image if image.shape[2] in (3, 4) else image[:, :, 0]).save(file, "PNG")
         return file.getvalue()
 
+    def remove(self, key: str) -> bool:
+        """Remove an input for good; return whether it was there. What people said of it stays in the record.
+
+        Raises:
+            RecordError: it cannot be removed.
+        """
+        try:
+            was_there = remove(self._folder, key)
+        except OSError as error:
+            raise RecordError(
+                f"quarantine: {key} in {self._folder} cannot be removed ({error.strerror}), expected a folder that the "
+                "monitor may write"
+            ) from error
+        if was_there:
+            log(logging.INFO, "a rejected input was removed", key=key)
+        return was_there
+
 
 class QuarantineCollector(Collector):
     """Counts the inputs in the quarantine whenever it is asked."""
@@ -159,6 +176,7 @@ class QuarantineRoutes:
             Route("/quarantine/{name}", self._show_page),
             Route("/v1/quarantine", self._list),
             Route("/v1/quarantine/{key}.png", self._show_image),
+            Route("/v1/quarantine/{key}", self._remove, methods=["DELETE"]),
         ]
 
     async def _show_page(self, request: Request) -> Response:
@@ -189,5 +207,20 @@ class QuarantineRoutes:
         key = request.path_params["key"]
         content = await run_in_threadpool(self._view.picture, key)
         if content is None:
-            return answer(404, error=f"key: there is no input {key!r}, or no more: the oldest go")
+            return _absent(key)
         return Response(content, media_type="image/png", headers=_HEADERS)
+
+    async def _remove(self, request: Request) -> Response:
+        if (refusal := self._access.refusal(request)) is not None:
+            return refusal
+        key = request.path_params["key"]
+        try:
+            was_there = await run_in_threadpool(self._view.remove, key)
+        except RecordError as error:
+            log(logging.ERROR, "a rejected input could not be removed", why=str(error))
+            return answer(503, error=str(error))
+        return Response(status_code=204) if was_there else _absent(key)
+
+
+def _absent(key: str) -> Response:
+    return answer(404, error=f"key: there is no input {key!r}, or no more: the oldest go")

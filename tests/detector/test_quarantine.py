@@ -20,6 +20,7 @@ from detector import quarantine as quarantine_module
 from detector.errors import DataError, RepositoryError, SetupError
 from detector.quarantine import (
     BYTES_VARIABLE,
+    DAYS_VARIABLE,
     DROPPED,
     FOLDER_VARIABLE,
     INPUTS_VARIABLE,
@@ -28,9 +29,11 @@ from detector.quarantine import (
     quarantined,
     read_about,
     read_rejected,
+    remove,
     request_id_of,
 )
 from detector.serving import verdict_stage
+from tests.conftest import wait_for
 from tests.detector.test_serving import arguments, opinions, write_detector
 from tests.detector.triton import MetricFamily, PbUtils, request
 
@@ -84,6 +87,46 @@ def test_the_oldest_go_when_they_are_too_large_together_and_what_is_too_large_al
     assert 0 < sum(file.stat().st_size for file in tmp_path.iterdir()) <= 5000
     assert names(tmp_path)[0] == "a.5"
     assert quarantine.dropped == dict.fromkeys(DROPPED, 0) | {"too_large": 1}
+
+
+def test_what_is_too_old_goes_also_where_nothing_new_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as earlier:
+        now = time.time_ns()
+        earlier.setattr(time, "time_ns", lambda: now - 2 * 24 * 3600 * 10**9)
+        quarantine = Quarantine(tmp_path)
+        quarantine.offer(rejected("old.0"))
+        quarantine.close()
+    monkeypatch.setattr("detector.quarantine._AGED_SECONDS", 0.05)
+    monkeypatch.setattr("detector.quarantine._LISTED_SECONDS", 0.0)
+    Quarantine(tmp_path, most_days=3).close()
+    assert names(tmp_path) == ["old.0"]
+    quarantine = Quarantine(tmp_path, most_days=3)
+    quarantine.offer(rejected("new.0"))
+    wait_for(lambda: names(tmp_path) == ["new.0", "old.0"])
+    monkeypatch.setattr(quarantine, "_most_days", 1)
+    wait_for(lambda: names(tmp_path) == ["new.0"])
+    quarantine.close()
+    assert quarantine.removed == 1
+    # Nor does it come back where the server starts anew.
+    (tmp_path / "00000000000000000001-older.0.npz").touch()
+    started = Quarantine.of_environment({FOLDER_VARIABLE: str(tmp_path), DAYS_VARIABLE: "1"})
+    assert started is not None
+    started.close()
+    assert names(tmp_path) == ["new.0"]
+
+
+def test_an_input_is_removed_for_good_and_nothing_else(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path)
+    for name in ("a.0", "b.0"):
+        quarantine.offer(rejected(name))
+    quarantine.close()
+    (tmp_path / "notes.npz").touch()
+    newest, oldest = quarantined(tmp_path)
+    assert remove(tmp_path, oldest)
+    assert not remove(tmp_path, oldest)
+    assert not remove(tmp_path, "notes")
+    assert quarantined(tmp_path) == [newest]
+    assert (tmp_path / "notes.npz").exists()
 
 
 def test_nobody_waits_for_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +280,7 @@ def test_what_is_no_number_is_kept_as_such(tmp_path: Path) -> None:
     ("changed", "message"),
     [
         ({INPUTS_VARIABLE: "0"}, f"{INPUTS_VARIABLE}: got '0'"),
+        ({DAYS_VARIABLE: "0.5"}, f"{DAYS_VARIABLE}: got '0.5'"),
         ({BYTES_VARIABLE: "1 GB"}, f"{BYTES_VARIABLE}: got '1 GB'"),
         ({FOLDER_VARIABLE: "/proc/quarantine"}, "/proc/quarantine cannot be written"),
         ({FOLDER_VARIABLE: __file__}, "cannot be written"),

@@ -54,9 +54,7 @@ function show(found) {
   const wanted = new Set(found.inputs.map((input) => input.key));
   for (const [key, card] of cards) {
     if (!wanted.has(key) && card.mark === undefined && key !== chosen) {
-      URL.revokeObjectURL(card.element.querySelector("img").src);
-      card.element.remove();
-      cards.delete(key);
+      drop(card);
     }
   }
   // New ones come in at the end, so that nothing moves under a finger.
@@ -89,13 +87,47 @@ function add(input) {
   element.querySelector("img").alt = `rejected input ${input.request_id}`;
   element.addEventListener("focusin", () => choose(input.key, false));
   element.addEventListener("click", () => choose(input.key));
-  for (const button of element.querySelectorAll("button")) {
+  element.querySelector(".remove").addEventListener("click", () => remove(card));
+  for (const button of element.querySelectorAll("[data-truth]")) {
     button.addEventListener("click", () => mark(input.key, button.dataset.truth));
   }
   cards.set(input.key, card);
   $("inputs").append(element);
   draw(card);
   picture(card);
+}
+
+function drop(card) {
+  URL.revokeObjectURL(card.element.querySelector("img").src);
+  card.element.remove();
+  cards.delete(card.input.key);
+}
+
+// The input itself, for good; a mark that waits is sent before.
+async function remove(card) {
+  const { key, request_id } = card.input;
+  if (!confirm(`Remove ${request_id} for good? What was said of it stays in the record.`)) {
+    return;
+  }
+  if (card.timer !== undefined) {
+    clearTimeout(card.timer);
+    await send(card);
+  }
+  let answer;
+  try {
+    answer = await ask(`v1/quarantine/${encodeURIComponent(key)}`, { method: "DELETE" });
+  } catch {
+    complain("unrecorded", `${request_id} was not removed: the monitor cannot be reached.`);
+    return;
+  }
+  if (!answer.ok && answer.status !== 404) {
+    complain("unrecorded", `${request_id} was not removed: ${(await answer.json()).error}`);
+    return;
+  }
+  complain("unrecorded", "");
+  step(1);
+  drop(card);
+  refresh();
 }
 
 async function picture(card) {
@@ -115,7 +147,7 @@ function draw(card) {
   label.textContent = truth ?? "";
   label.className = `truth ${truth ?? ""}`;
   card.element.classList.toggle("labelled", truth !== null);
-  for (const button of card.element.querySelectorAll("button")) {
+  for (const button of card.element.querySelectorAll("[data-truth]")) {
     button.hidden = truth !== null;
   }
 }

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 import tritonclient.grpc as triton_grpc
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
 
 from client.api import GuardedClient
 from client.monitor.quarantine import QuarantineCollector, QuarantineView
@@ -28,7 +28,7 @@ from client.monitor.record import FeedbackRecord
 from client.quarantine import QuarantineClient
 from deploy.embedded.server import EmbeddedTriton
 from detector.errors import AccessDeniedError, InputError, RecordError, ServerError
-from detector.quarantine import FOLDER_VARIABLE, Quarantine, Rejected, quarantined
+from detector.quarantine import FOLDER_VARIABLE, Quarantine, Rejected, quarantined, request_id_of
 from tests.client.monitor.conftest import ROOT, SHAPE, TOKEN, Monitor, TextPage, monitoring, serving
 from tests.conftest import skip_or_fail, wait_for
 from tests.test_live_metrics import scraped, series
@@ -145,6 +145,15 @@ def test_the_command_lists_shows_and_labels(watched: Watched, tmp_path: Path) ->
     conflict = run(watched, "label", "trojaned", one)
     assert (conflict.returncode, "Traceback" in conflict.stderr) == (2, False)
 
+    unknown = run(watched, "remove", one, "nobody.0")
+    assert (unknown.returncode, "not in the quarantine" in unknown.stderr) == (2, True)
+    watched.send(IMAGES[1:2], f"{watched.name}-again")
+    wait_for(lambda: len(quarantined(watched.folder)) == 4)
+    assert run(watched, "remove", one, f"{watched.name}-again.0").stdout == "2 removed.\n"
+    assert {request_id_of(key) for key in quarantined(watched.folder)} == {f"{watched.name}.0", two}
+    # What it was is known as before.
+    assert watched.monitor.metric("stripwire_feedback_total", truth="clean", verdict="rejected") == 2
+
 
 @pytest.mark.parametrize("watched", ["fused"], indirect=True)
 def test_an_id_that_is_used_again_names_another_input(watched: Watched) -> None:
@@ -160,6 +169,8 @@ def test_an_id_that_is_used_again_names_another_input(watched: Watched) -> None:
         assert second["key"] != first["key"]
         assert second["truth"] is None
         assert quarantine.label(second["key"], "trojaned")
+        assert quarantine.remove(f"{watched.name}.0") == 2  # whoever asks for its removal means all of that name
+        assert len(quarantined(watched.folder)) == 2
 
 
 def test_what_is_no_number_can_be_listed(tmp_path: Path) -> None:
@@ -218,6 +229,11 @@ def test_nobody_without_the_token_or_from_another_site_gets_in(watched: Watched)
     http = watched.monitor.http
     for path in ("/v1/quarantine", f"/v1/quarantine/{key}.png"):
         assert http.get(path).status_code == 401
+    assert http.delete(f"/v1/quarantine/{key}").status_code == 401
+    elsewhere = bearer() | {"Origin": "http://evil.example"}
+    assert http.delete(f"/v1/quarantine/{key}", headers=elsewhere).status_code == 403
+    assert http.delete("/v1/quarantine/..%2Fsecret", headers=bearer()).status_code == 404
+    assert len(quarantined(watched.folder)) == 3
     feedback = {"request_id": f"{watched.name}.0", "truth": "clean", "verdict": "rejected"}
     for headers in (
         {"Origin": "http://evil.example"},
@@ -320,6 +336,30 @@ def test_the_page_shows_inputs_and_labels_them_by_one_key(watched: Watched, page
     expect(page.locator("article")).to_have_count(1, timeout=15_000)  # it looks again every five seconds
     watched.send(IMAGES[:1], "later")
     expect(page.locator("article .id").last).to_have_text("later.0", timeout=15_000)
+
+
+@pytest.mark.parametrize("watched", ["fused"], indirect=True)
+def test_the_page_removes_an_input_once_it_is_sure(watched: Watched, page: Page) -> None:
+    asked: list[str] = []
+
+    def answer_with(accept: bool) -> Callable[[Dialog], None]:
+        def answer(dialog: Dialog) -> None:
+            asked.append(dialog.message)
+            dialog.accept() if accept else dialog.dismiss()
+
+        return answer
+
+    page.once("dialog", answer_with(accept=False))
+    page.locator("article .remove").first.click()
+    assert asked == [f"Remove {watched.name}.2 for good? What was said of it stays in the record."]
+    assert len(quarantined(watched.folder)) == 3
+    page.keyboard.press("t")  # and, before it is recorded:
+    page.once("dialog", answer_with(accept=True))
+    page.locator("article .remove").first.click()
+    expect(page.get_by_role("status")).to_have_text("2 kept, 2 of them not labelled")
+    expect(page.locator("article")).to_have_count(2)
+    assert {request_id_of(key) for key in quarantined(watched.folder)} == {f"{watched.name}.{row}" for row in (0, 1)}
+    assert watched.monitor.metric("stripwire_feedback_total", truth="trojaned", verdict="rejected") == 1
 
 
 @pytest.mark.parametrize("watched", ["fused"], indirect=True)
