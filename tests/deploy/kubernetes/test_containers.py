@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from detector.errors import AccessDeniedError, ServerUnavailableError
 from model_repository.manifest import FUSED, MODELS
 from tests.certificates import OpenSsl
 from tests.conftest import wait_for
+from tests.deploy.gateway.envoy import started, write_files
 from tests.deploy.kubernetes.manifests import (
     EVERYTHING,
     KUBERNETES,
@@ -30,6 +32,7 @@ from tests.deploy.kubernetes.manifests import (
     ROOT,
     of_kind,
     pods,
+    ports,
     rendered,
     server,
 )
@@ -79,8 +82,8 @@ def test_every_variable_is_one_that_is_read(name: str) -> None:
     code = "".join(path.read_text() for path in (ROOT / "detector").glob("*.py"))
     for pod in pods(rendered(name)):
         for container in pod.containers:
-            texts = " ".join([*container["args"], *(str(entry.get("value")) for entry in container["env"])])
-            for entry in container["env"]:
+            texts = " ".join([*container["args"], *(str(entry.get("value")) for entry in container.get("env", []))])
+            for entry in container.get("env", []):
                 variable = entry["name"]
                 known = variable in settings if container["args"] == ["monitor"] else variable in code
                 named = f"$({variable})" in texts
@@ -96,7 +99,7 @@ def place(repository: Path, badnet: Path, tmp_path_factory: pytest.TempPathFacto
     shutil.copytree(repository, folder / "releases" / "1" / "repository")
     shutil.copy(badnet / "clean_test_data.h5", folder / "data" / "test.h5")
     shutil.copy(badnet / "clean_validation_data.h5", folder / "data" / "clean.h5")
-    return Place(folder, embedded.choose_ports("127.0.0.1", {"8001": 0, "8002": 0, "8003": 0}))
+    return Place(folder, embedded.choose_ports("127.0.0.1", {"8000": 0, "8001": 0, "8002": 0, "8003": 0}))
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +160,9 @@ def certificates(place: Place) -> Place:
         for kind in ("key", "crt"):
             shutil.move(place.folder / f"{secret}.{kind}", folder / f"tls.{kind}")
         shutil.copy(place.folder / "ca.crt", folder)
+    write_files(
+        place.folder / "gateway", place.folder / "server-tls", {there: str(port) for there, port in place.ports.items()}
+    )
     return place
 
 
@@ -189,16 +195,17 @@ class RunningPod:
     def client(self, token: str | None = None, *, certificate: bool = True) -> GuardedClient:
         """Return a caller."""
         tls = None
-        if self.name.endswith("+tls"):
+        if "+" in self.name:
             secret = self.place.folder / "client-tls"
             own = (secret / "tls.key", secret / "tls.crt") if certificate else (None, None)
             tls = TlsOptions(secret / "ca.crt", *own)
+        port = ports(server(self.name))["grpc"]
         return GuardedClient(
-            f"127.0.0.1:{self.place.ports['8001']}", headers=control_headers(token), tls=tls, retries=0
+            f"127.0.0.1:{self.place.ports[str(port)]}", headers=control_headers(token), tls=tls, retries=0
         )
 
 
-@pytest.fixture(scope="module", params=["cpu", "cpu+tls"])
+@pytest.fixture(scope="module", params=["cpu", "cpu+tls", "cpu+gateway"])
 def pod(request: pytest.FixtureRequest, releases: Place, certificates: Place) -> Iterator[RunningPod]:  # noqa: ARG001
     """Return a pod of each, once its probe says that it is started."""
     name: str = request.param
@@ -208,17 +215,21 @@ def pod(request: pytest.FixtureRequest, releases: Place, certificates: Place) ->
     with (
         running(watching, {**os.environ, **releases.environment(name, watcher)}, logs[0]) as monitor,
         serving(releases, name, logs[1]) as process,
+        ExitStack() as sidecars,
     ):
+        if name.endswith("+gateway"):
+            arguments = releases.arguments(name, server(name).container("gateway"))
+            sidecars.enter_context(started(arguments, releases.ports["8000"], releases.folder / "envoy.log"))
         it = RunningPod(name, releases, process.pid)
 
-        def started() -> bool:
+        def is_started() -> bool:
             ended = [
                 log.read_text() for one, log in zip((monitor, process), logs, strict=True) if one.poll() is not None
             ]
             assert not ended, ended
             return it.probe("startup") == 200
 
-        wait_for(started, 120)
+        wait_for(is_started, 120)
         yield it
 
 
@@ -236,17 +247,27 @@ def test_the_mode_is_that_of_the_config_map(pod: RunningPod) -> None:
         return {match[1] for line in counted if (match := re.search(r'mode="(\w+)".* [1-9]', line))}
 
     wait_for(lambda: modes() != set())  # canaries are counted a moment after they were answered
-    assert modes() == {"shadow" if pod.name.endswith("+tls") else "block"}
+    assert modes() == {"shadow" if "+" in pod.name else "block"}
 
 
 def test_only_who_has_the_token_controls_models(pod: RunningPod) -> None:
     with pod.client() as client, pytest.raises(AccessDeniedError):
         ModelControl(client).check_access()
     with pod.client(TOKENS["control"]) as client:
-        ModelControl(client).check_access()
+        if pod.name.endswith("+gateway"):  # nobody does, but the monitor, which is behind it
+            with pytest.raises(AccessDeniedError, match="the gateway lets nobody call"):
+                ModelControl(client).check_access()
+        else:
+            ModelControl(client).check_access()
 
 
-@pytest.mark.parametrize("pod", ["cpu+tls"], indirect=True)
+@pytest.mark.parametrize("pod", ["cpu+gateway"], indirect=True)
+def test_through_the_gateway_no_other_model_answers(pod: RunningPod) -> None:
+    with pod.client() as client, pytest.raises(AccessDeniedError, match="another model than guarded"):
+        client.ask("badnet", lambda triton, **options: triton.get_model_metadata("badnet", **options))
+
+
+@pytest.mark.parametrize("pod", ["cpu+tls", "cpu+gateway"], indirect=True)
 def test_with_tls_nobody_gets_in_without_a_certificate(pod: RunningPod) -> None:
     with pod.client(certificate=False) as client, pytest.raises(ServerUnavailableError):
         client.metadata()

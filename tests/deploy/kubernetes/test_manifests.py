@@ -21,6 +21,7 @@ from referencing import Registry, Resource
 from deploy.kubernetes import prometheusrule
 from tests.deploy.grafana import board
 from tests.deploy.kubernetes.manifests import (
+    COMPONENTS,
     EVERYTHING,
     KUBERNETES,
     OVERLAYS,
@@ -31,6 +32,7 @@ from tests.deploy.kubernetes.manifests import (
     mappings,
     of_kind,
     pods,
+    ports,
     rendered,
     server,
 )
@@ -179,6 +181,8 @@ def references(node: Any) -> Iterator[tuple[str, str, str | None]]:
                 yield kind, mapping[key]["name"], mapping[key]["key"]
         if "persistentVolumeClaim" in mapping:
             yield "PersistentVolumeClaim", mapping["persistentVolumeClaim"]["claimName"], None
+        if "configMap" in mapping:
+            yield "ConfigMap", mapping["configMap"]["name"], None
         if "secretName" in mapping:
             yield "Secret", mapping["secretName"], None
         if "secretRef" in mapping:
@@ -238,11 +242,6 @@ def selected(documents: list[Document], selector: Document) -> list[Pod]:
     return found
 
 
-def ports(pod: Pod) -> dict[str, int]:
-    """Return the ports of a pod by name."""
-    return {port["name"]: port["containerPort"] for one in pod.containers for port in one.get("ports", [])}
-
-
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_every_service_reaches_a_port_of_a_pod(name: str) -> None:
     services = of_kind(rendered(name), "Service")
@@ -252,7 +251,8 @@ def test_every_service_reaches_a_port_of_a_pod(name: str) -> None:
             # Not of sidecars: not every Kubernetes finds their ports by name.
             own = {port["name"]: port["containerPort"] for port in pod.spec["containers"][0]["ports"]}
             for port in service["spec"]["ports"]:
-                assert own[port["targetPort"]] == port["port"]
+                assert own.get(port["targetPort"], port["targetPort"]) == ports(pod)[port["name"]]
+                assert port["port"] == {"grpc": 8001, "monitor": 8003}[port["name"]]
     (headless,) = (one for one in services if one["metadata"]["name"] == "stripwire-headless")
     assert headless["spec"]["clusterIP"] == "None"
 
@@ -330,13 +330,15 @@ def test_triton_is_judged_by_the_monitor_beside_it(name: str) -> None:
     host, _, port = str(environment["STRIPWIRE_LISTEN"]).rpartition(":")
     assert host == "0.0.0.0"  # noqa: S104  the kubelet asks the pod's address
     assert {get["port"] for get in asked.values()} == {int(port)} == {ports(pod)["monitor"]}
-    assert environment["STRIPWIRE_URL"] == f"127.0.0.1:{ports(pod)['grpc']}"
+    grpc = number(triton["args"], "grpc-port")
+    assert environment["STRIPWIRE_URL"] == f"127.0.0.1:{grpc}"
     assert environment["STRIPWIRE_METRICS_URL"] == f"http://127.0.0.1:{ports(pod)['metrics']}/metrics"
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_a_repository_is_verified_before_anything_starts(name: str) -> None:
-    first, second = server(name).spec["initContainers"]
+    first, second, *others = server(name).spec["initContainers"]
+    assert all(one["restartPolicy"] == "Always" for one in others)
     assert first["args"][0] == "verify"
     assert "restartPolicy" not in first
     assert (second["name"], second["restartPolicy"]) == ("monitor", "Always")
@@ -380,7 +382,9 @@ def test_no_container_may_more_than_it_must(name: str) -> None:
 def test_every_container_says_its_version_and_what_it_needs(name: str) -> None:
     for pod in pods(rendered(name)):
         for container in pod.containers:
-            assert re.fullmatch(r"[a-z/]+:[0-9.]+", container["image"]), f"{pod.name}: {container['image']}"
+            assert re.fullmatch(r"[a-z/]+:(distroless-v)?[0-9.]+", container["image"]), (
+                f"{pod.name}: {container['image']}"
+            )
             for kind in ("requests", "limits"):
                 assert container["resources"][kind].keys() >= {"cpu", "memory", "ephemeral-storage"}
 
@@ -407,7 +411,7 @@ def without_place(pod: Pod) -> tuple[Document, Document]:
     return {key: value for key, value in pod.triton.items() if key != "name"}, spec
 
 
-@pytest.mark.parametrize("component", ["", "+tls"])
+@pytest.mark.parametrize("component", ["", *(f"+{one}" for one in COMPONENTS)])
 def test_kserve_runs_the_very_pod_that_the_deployment_runs(component: str) -> None:
     ours, theirs = (without_place(server(f"{name}{component}")) for name in ("cpu", "kserve"))
     ours_text, theirs_text = (json.dumps(one, sort_keys=True) for one in (ours, theirs))
@@ -421,11 +425,12 @@ def test_kserve_runs_the_very_pod_that_the_deployment_runs(component: str) -> No
     )
 
 
-@pytest.mark.parametrize("name", [name for name in OVERLAYS if name.endswith("+tls")])
+@pytest.mark.parametrize("name", [name for name in OVERLAYS if "+" in name])
 def test_with_tls_both_sides_show_certificates_that_fit(name: str) -> None:
     documents, pod = rendered(name), server(name)
-    arguments = set(pod.triton["args"])
-    assert {"--grpc-use-ssl=true", "--grpc-use-ssl-mutual=true", "--allow-http=false"} <= arguments
+    if name.endswith("+tls"):
+        arguments = set(pod.triton["args"])
+        assert {"--grpc-use-ssl=true", "--grpc-use-ssl-mutual=true", "--allow-http=false"} <= arguments
     certificates = {one["spec"]["secretName"]: one["spec"] for one in of_kind(documents, "Certificate")}
     issuers = {one["metadata"]["name"]: one["spec"] for one in of_kind(documents, "Issuer")}
     for spec in certificates.values():
@@ -446,7 +451,32 @@ def test_with_tls_both_sides_show_certificates_that_fit(name: str) -> None:
         assert f"{service}.stripwire.svc" in shown["dnsNames"]
     for one in pods(documents):
         environment = {entry["name"] for entry in one.container("monitor")["env"]}
+        if name.endswith("+gateway") and one == pod:  # its monitor asks Triton in plaintext, on 127.0.0.1
+            assert not {entry for entry in environment if "TLS" in entry}
+            continue
         assert {"STRIPWIRE_TLS_CA", "STRIPWIRE_TLS_CERT", "STRIPWIRE_TLS_KEY"} <= environment
+
+
+@pytest.mark.parametrize("name", [name for name in OVERLAYS if name.endswith("+gateway")])
+def test_with_the_gateway_triton_is_reached_through_it_alone(name: str) -> None:
+    pod = server(name)
+    assert "--grpc-address=127.0.0.1" in pod.triton["args"]
+    envoy = pod.container("gateway")
+    config = (ROOT / "deploy" / "gateway" / "envoy.yaml").read_text()
+    for port, where in ((ports(pod)["grpc"], "0.0.0.0"), (number(pod.triton["args"], "grpc-port"), "127.0.0.1")):  # noqa: S104
+        assert f"socket_address: {{address: {where}, port_value: {port}}}" in config
+    (files,) = (one["data"] for one in of_kind(rendered(name), "ConfigMap") if "envoy.yaml" in one["data"])
+    mounts = {mount["mountPath"]: mount["name"] for mount in envoy["volumeMounts"]}
+    for path in re.findall(r"(?:path|filename): (/[\w./-]+)", "".join(files.values())):
+        folder, _, file = path.rpartition("/")
+        assert mounts[folder or path], path
+        assert folder == "/tls" or path == "/tls" or file in files, path
+    # Connections end as Triton's would.
+    assert f"max_connection_duration: {number(pod.triton['args'], 'grpc-max-connection-age') // 1000}s" in config
+    heap = re.search(r"max_heap_size_bytes: (\d+)", config)
+    assert heap is not None
+    assert int(heap[1]) < 2**30
+    assert envoy["resources"]["limits"]["memory"] == "1Gi"
 
 
 def test_model_control_is_restricted_and_plain_http_is_closed() -> None:

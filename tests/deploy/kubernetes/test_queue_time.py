@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import yaml
 
 from model_repository.manifest import MODELS
-from tests.conftest import skip_or_fail
+from tests.conftest import program
 from tests.deploy.kubernetes.manifests import KUBERNETES, of_kind, rendered
 
 (RULE,) = yaml.safe_load((KUBERNETES / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
@@ -22,10 +21,7 @@ COPIED = (
 
 @pytest.fixture(scope="module")
 def promtool() -> str:
-    found = shutil.which("promtool")
-    if found is None:
-        skip_or_fail("promtool is missing; apt-get install prometheus has it")
-    return str(found)
+    return program("promtool", "apt-get install prometheus")
 
 
 def series(pod: str, queued_us: dict[str, int], requests: int) -> str:
