@@ -469,7 +469,16 @@ def export(
 
 
 @app.command(epilog="Example: stripwire verify repository && tritonserver --model-repository repository …")
-def verify(repository: Exported, as_json: AsJson = False) -> None:
+def verify(
+    repository: Exported,
+    mode: Annotated[  # noqa: ARG001  one that does not exist is refused, and nothing else is asked of it
+        Mode | None,
+        typer.Option(
+            help="What the server will be told as --model-config-name: of a name unknown to it, it would block."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Check every file of a model repository against its manifest; what does not match must not be served."""
     from model_repository.manifest import verify_repository
 

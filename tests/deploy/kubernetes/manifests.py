@@ -27,7 +27,7 @@ OVERLAYS = tuple(
     for component in ("", *(f"+{one}" for one in COMPONENTS))
     for overlay in ("cpu", "gpu", "kserve")
 )
-JOBS = ("export", "calibrate", "fetch")
+JOBS = ("export", "calibrate", "fetch", "files")
 EVERYTHING = (*OVERLAYS, *JOBS)
 
 
@@ -110,6 +110,7 @@ def pods(documents: list[Document]) -> list[Pod]:
         Pod(one["metadata"]["name"], one["spec"]["template"]["metadata"]["labels"], one["spec"]["template"]["spec"])
         for one in workloads
     ]
+    found += [Pod(one["metadata"]["name"], one["metadata"]["labels"], one["spec"]) for one in of_kind(documents, "Pod")]
     for service in of_kind(documents, "InferenceService"):
         predictor = dict(service["spec"]["predictor"])
         model = predictor.pop("model")

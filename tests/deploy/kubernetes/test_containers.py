@@ -124,6 +124,16 @@ def test_calibrating_makes_another_release_and_leaves_the_first_as_it_was(releas
         assert (releases.folder / "releases" / release / "canaries.npz").is_file()
 
 
+def test_no_job_touches_a_release_that_there_is(releases: Place) -> None:
+    for job, release in (("export", 1), ("calibrate", 2), ("fetch", 1)):
+        (making,) = pods(rendered(job))
+        first = making.containers[0]
+        assert first["name"] == "new"
+        stopped = releases.run(job, first)
+        assert stopped.returncode == 1
+        assert f"/releases/{release}’: File exists" in stopped.stderr.replace("'", "’")
+
+
 @pytest.mark.parametrize("harm", ["altered", "missing", "not listed"])
 def test_the_init_container_stops_a_pod_whose_repository_was_tampered_with(
     place: Place, tmp_path: Path, harm: str
@@ -140,6 +150,15 @@ def test_the_init_container_stops_a_pod_whose_repository_was_tampered_with(
         stopped = Place(tmp_path, {}).run(name, server(name).container("verify"))
         assert stopped.returncode == 2
         assert f".py is {harm}" in stopped.stderr.replace("was", "is")
+
+
+@pytest.mark.parametrize("name", ["cpu", "kserve"])
+def test_a_mode_that_does_not_exist_stops_a_pod(place: Place, name: str) -> None:
+    verify = dict(server(name).container("verify"))
+    assert verify["args"][2:] == ["--mode", "$(MODE)"]
+    stopped = place.run(name, {**verify, "args": [*verify["args"][:3], "Shadow"]})
+    assert stopped.returncode == 2
+    assert "'Shadow' is not one of 'block', 'shadow'" in stopped.stderr
 
 
 @pytest.fixture(scope="module")
