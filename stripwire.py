@@ -474,7 +474,7 @@ def verify(
     mode: Annotated[  # noqa: ARG001  one that does not exist is refused, and nothing else is asked of it
         Mode | None,
         typer.Option(
-            help="What the server will be told as --model-config-name: of a name unknown to it, it would block."
+            help="What the server is told as --model-config-name; of a name that it does not know, it blocks."
         ),
     ] = None,
     as_json: AsJson = False,
