@@ -69,7 +69,7 @@ def stripwire_help() -> Mapping[str, str]:
 def test_stripwire_knows_every_argument(name: str, stripwire_help: Mapping[str, str]) -> None:
     for pod in pods(rendered(name)):
         for container in pod.containers:
-            if re.match(r"stripwire/(monitor|exporter)", container["image"]) and "command" not in container:
+            if re.match(r"stripwire\.invalid/(monitor|exporter)", container["image"]) and "command" not in container:
                 command, *arguments = container["args"]
                 for argument in arguments:
                     if argument.startswith("--"):

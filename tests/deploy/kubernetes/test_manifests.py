@@ -6,8 +6,9 @@ import copy
 import functools
 import importlib.resources
 import json
-import os
 import re
+import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -160,17 +161,63 @@ def test_a_change_of_release_is_a_rollout() -> None:
         assert name in json.dumps(server(overlay).spec)
 
 
-def test_the_kustomization_of_the_guide_builds(tmp_path: Path) -> None:
-    (written,) = re.findall(r"(?s)```yaml\n(.*?)```", GUIDE)
-    there = os.path.relpath(KUBERNETES, tmp_path.resolve())
-    (tmp_path / "kustomization.yaml").write_text(written.replace("stripwire/deploy/kubernetes", there))
-    made = kustomize(tmp_path)
-    assert [one["data"] for one in of_kind(made, "ConfigMap") if "mode" in one["data"]] == [
-        {"release": "1", "mode": "shadow"}
-    ]
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with all that the guide says to write, and the repository in it as `stripwire`."""
+    folder = tmp_path_factory.mktemp("guided")
+    shutil.copytree(ROOT / "deploy", folder / "stripwire" / "deploy")
+    for indent, path, text in re.findall(r"(?sm)^( *)```yaml\n *# ([\w./-]+)\n(.*?)^ *```", GUIDE):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(textwrap.dedent(text) if indent else text)
+    written = [*folder.glob("*.yaml"), *folder.glob("[!s]*/*.yaml"), *folder.glob("signs/*.yaml")]
+    assert len(written) == GUIDE.count("```yaml")
+    return folder
+
+
+@pytest.mark.parametrize("place", [".", "files", "release", "without-cert-manager", "signs", "rotation"])
+def test_every_kustomization_of_the_guide_builds(guided: Path, place: str) -> None:
+    made = kustomize(guided / place)
+    for document in made:
+        assert fault(json.dumps(document), VERSIONS[-1]) is None
     images = {container["image"] for pod in pods(made) for container in pod.containers}
-    assert images == {"registry.example/stripwire/server:0.1.0", "registry.example/stripwire/monitor:0.1.0"}
-    assert of_kind(made, "Certificate")
+    if place in (".", "files", "release", "rotation"):
+        assert not [image for image in images if "invalid" in image]
+    if place == ".":
+        assert [one["data"] for one in of_kind(made, "ConfigMap") if "mode" in one["data"]] == [
+            {"release": "1", "mode": "shadow"}
+        ]
+        assert of_kind(made, "Certificate")
+        assert "observability" in json.dumps(of_kind(made, "NetworkPolicy"))
+        claims = {one["metadata"]["name"]: one["spec"] for one in of_kind(made, "PersistentVolumeClaim")}
+        assert claims.pop("stripwire-record").keys() == {"accessModes", "resources"}
+        assert [claim["storageClassName"] for claim in claims.values()] == ["many-readers"] * 2
+    if place in ("release", "rotation"):
+        (job,) = of_kind(made, "Job")
+        (data,) = (one["data"] for one in of_kind(made, "ConfigMap"))
+        assert job["metadata"]["name"] == f"stripwire-release-{data['release']}"
+        (canaries,) = job["spec"]["template"]["spec"]["containers"]
+        assert canaries["args"][:3] == ["canaries", "/data/test.h5", "/data/trojaned.h5"]
+    if place == "without-cert-manager":
+        assert not [one for one in made if "cert-manager" in one["apiVersion"]]
+        assert "stripwire-server-tls" in json.dumps(made)
+    if place == "signs":
+        assert {one["metadata"].get("namespace", "signs") for one in made} == {"signs"}
+        assert not of_kind(made, "PrometheusRule")
+        (names,) = (one["spec"]["dnsNames"] for one in of_kind(made, "Certificate") if "dnsNames" in one["spec"])
+        assert {"stripwire.signs.svc", "stripwire-headless.signs.svc.cluster.local"} <= set(names)
+        assert not [name for name in names if name.endswith("stripwire.svc")]
+
+
+def test_the_ingress_of_the_guide_leads_to_the_page(guided: Path) -> None:
+    ingress, policy = yaml.safe_load_all((guided / "page" / "ingress.yaml").read_text())
+    for document in (ingress, policy):
+        assert fault(json.dumps(document), VERSIONS[-1]) is None
+    ((path,),) = (rule["http"]["paths"] for rule in ingress["spec"]["rules"])
+    wanted = path["backend"]["service"]
+    (service,) = (one for one in of_kind(rendered("cpu"), "Service") if one["metadata"]["name"] == wanted["name"])
+    assert wanted["port"]["name"] in [port["name"] for port in service["spec"]["ports"]]
+    (pod,) = selected(rendered("cpu"), policy["spec"]["podSelector"])
+    assert [port["port"] for port in policy["spec"]["ingress"][0]["ports"]] == [ports(pod)["monitor"]]
 
 
 def references(node: Any) -> Iterator[tuple[str, str, str | None]]:
@@ -282,20 +329,26 @@ def test_network_policies_open_ports_that_exist_and_no_way_out_of_the_server(nam
     assert pod == server(name)
     assert policies["server"]["egress"] == []
     assert policies["server"]["policyTypes"] == ["Ingress", "Egress"]
-    grpc, metrics = policies["server"]["ingress"]
+    (grpc,) = policies["server"]["ingress"]
     assert [port["port"] for port in grpc["ports"]] == [ports(pod)["grpc"]]
-    assert [port["port"] for port in metrics["ports"]] == [ports(pod)["metrics"], ports(pod)["monitor"]]
-    for rule in (grpc, metrics):
-        for peer in rule["from"]:
-            assert peer["podSelector"], "everybody in that namespace"
     (feedback,) = selected(rendered(name), grpc["from"][1]["podSelector"])
     assert feedback.name == "stripwire-feedback"
     assert selected(rendered(name), policies["feedback"]["podSelector"]) == [feedback]
     (opened,) = policies["feedback"]["ingress"]
     assert [port["port"] for port in opened["ports"]] == [ports(feedback)["monitor"]]
-    asks = policies["feedback"]["egress"][0]
+    (asks,) = policies["feedback"]["egress"]
     assert selected(rendered(name), asks["to"][0]["podSelector"]) == [pod]
     assert [port["port"] for port in asks["ports"]] == [ports(pod)["grpc"]]
+    (metrics,) = policies["prometheus"]["ingress"]
+    assert [port["port"] for port in metrics["ports"]] == [ports(pod)["metrics"], ports(pod)["monitor"]]
+    assert selected(rendered(name), policies["prometheus"]["podSelector"]) == [feedback, pod] or [pod, feedback]
+    assert selected(rendered(name), policies["dns"]["podSelector"]) == [feedback]
+    assert policies["dns"]["policyTypes"] == ["Egress"]
+    (fetching,) = pods(rendered("fetch"))
+    assert matches(policies["dns"]["podSelector"], fetching.labels)
+    for rule in (grpc, opened, metrics):
+        for peer in rule["from"]:
+            assert peer["podSelector"], "everybody in that namespace"
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -382,7 +435,7 @@ def test_no_container_may_more_than_it_must(name: str) -> None:
 def test_every_container_says_its_version_and_what_it_needs(name: str) -> None:
     for pod in pods(rendered(name)):
         for container in pod.containers:
-            assert re.fullmatch(r"[a-z/]+:(distroless-v)?[0-9.]+", container["image"]), (
+            assert re.fullmatch(r"[a-z/.]+:(distroless-v)?[0-9.]+", container["image"]), (
                 f"{pod.name}: {container['image']}"
             )
             for kind in ("requests", "limits"):
