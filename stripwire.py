@@ -796,8 +796,12 @@ def evaluate(
         "guarded*": result.guarded,
     }
     console.print(rates_table(escape(f"Through {url}\n{_CAPTION}"), networks))
-    if result.auroc is not None:
-        console.print(f"AUROC of the mean entropy: {result.auroc:.4f}; of the p-value: {result.auroc_of_p_value:.4f}")
+    if result.auroc is not None and result.auroc_of_p_value is not None:
+        told = []
+        for area in (result.auroc, result.auroc_of_p_value):
+            low, high = result.interval(area)
+            told.append(f"{area:.4f} ({low:.4f}-{high:.4f})")
+        console.print(f"AUROC (95 %) of the mean entropy: {told[0]}; of the p-value: {told[1]}")
     if result.auroc is not None and max(result.auroc, result.auroc_of_p_value or 0.0) < 0.5:
         warn(
             "the guard does not tell trojaned images from clean ones: it does not see the trigger, or --clean and "

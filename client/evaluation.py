@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from client.api import ModelMetadata, OnProgress, Verdicts
 from detector.errors import DataError, InputError
-from detector.statistics import Proportion, auroc
+from detector.statistics import Proportion, auroc, auroc_interval
 from samples.types import Samples
 
 
@@ -110,6 +110,15 @@ class Evaluation:
     trojaned_p_values: NDArray[np.float32] | None
     classes: int
 
+    def interval(self, area: float) -> tuple[float, float]:
+        """Return the 95 % interval of one of the two areas, (low, high), each 0..1.
+
+        Raises:
+            InputError: there were no trojaned images.
+        """
+        trojaned = self.trojaned_p_values
+        return auroc_interval(area, len(self.clean_p_values), 0 if trojaned is None else len(trojaned))
+
     def to_json(self, *, entropies: bool = False) -> dict[str, Any]:
         """Return plain dictionaries, lists and numbers; what was not measured is None.
 
@@ -122,8 +131,9 @@ class Evaluation:
             }
             for part, result in (("original", self.original), ("repaired", self.repaired), ("guarded", self.guarded))
         }
-        written["auroc"] = self.auroc
-        written["auroc_of_p_value"] = self.auroc_of_p_value
+        for name, area in (("auroc", self.auroc), ("auroc_of_p_value", self.auroc_of_p_value)):
+            written[name] = area
+            written[f"{name}_low"], written[f"{name}_high"] = (None, None) if area is None else self.interval(area)
         written["classes"] = self.classes
         if entropies:
             trojaned = self.trojaned_entropies_bits

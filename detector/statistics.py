@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
+from scipy.optimize import brentq
 
 from detector.errors import InputError
 
 CONFIDENCE = 0.95
+
+_BESIDE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -97,3 +101,36 @@ def auroc(clean_scores: ArrayLike, trojaned_scores: ArrayLike) -> float:
     # The asymptotic method only concerns the p-value, which is thrown away.
     wins = stats.mannwhitneyu(trojaned, clean, alternative="greater", method="asymptotic").statistic
     return float(wins / (len(clean) * len(trojaned)))
+
+
+def auroc_interval(area: float, clean: int, trojaned: int) -> tuple[float, float]:
+    """Return the 95 % interval of an AUROC, (low, high), each 0..1, from the area and how many images it rests on.
+
+    Those areas that are less than 1.96 of their own standard errors away (Newcombe 2006, Statistics in Medicine 25,
+    559-573, method 5), the error being that of scores that are exponentially distributed (Hanley and McNeil 1982),
+    which does for others as well.
+
+    Args:
+        area: see `auroc`.
+        clean: how many clean images there were.
+        trojaned: how many trojaned ones.
+
+    Raises:
+        InputError: the area is none, or a side is empty.
+    """
+    if not (0.0 <= area <= 1.0 and clean > 0 and trojaned > 0):
+        raise InputError(
+            f"auroc interval: got {area} of {clean} clean and {trojaned} trojaned images, expected an area of 0 to 1, "
+            "and an image of each at least"
+        )
+    errors = float(stats.norm.isf((1.0 - CONFIDENCE) / 2.0))
+    others = (clean + trojaned) / 2.0 - 1.0
+
+    def beyond(true: float) -> float:
+        spread = 1.0 + others * ((1.0 - true) / (2.0 - true) + true / (1.0 + true))
+        return abs(area - true) - errors * math.sqrt(true * (1.0 - true) * spread / (clean * trojaned))
+
+    # At 0 and 1 themselves nothing is spread: what is looked for begins beside them.
+    low = 0.0 if area == 0.0 else brentq(beyond, 0.0, min(area, 1.0 - _BESIDE))
+    high = 1.0 if area == 1.0 else brentq(beyond, max(area, _BESIDE), 1.0)
+    return float(low), float(high)

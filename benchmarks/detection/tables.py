@@ -13,7 +13,7 @@ from benchmarks.detection.cases import CASES, JOINED, TARGETS
 from benchmarks.detection.detectors import compared
 from benchmarks.detection.sweeps import SWEPT_TARGETS, WEIGHTS
 from detector.scores import DETECTORS
-from detector.statistics import Proportion
+from detector.statistics import Proportion, auroc_interval
 
 CSV_NAME = "detection.csv"
 HEADLINE = 0.01
@@ -49,6 +49,13 @@ class Row:
         errors = self.figures.get("fixed" if target is None else f"at_{target:g}")
         return None if errors is None else Proportion(errors[name]["successes"], errors[name]["count"])
 
+    @property
+    def area(self) -> tuple[float, float, float]:
+        """AUROC, and the ends of its 95 % interval."""
+        errors = next(errors for errors in self.figures.values() if isinstance(errors, dict))
+        low, high = auroc_interval(self.figures["auroc"], errors["frr"]["count"], errors["far"]["count"])
+        return self.figures["auroc"], low, high
+
 
 def read_results(folder: Path) -> Results:
     """Return what was measured of each case that was."""
@@ -71,7 +78,7 @@ def write_csv(folder: Path, results: Results) -> Path:
     A line without a target is a threshold that the detector comes with.
     """
     file = folder / CSV_NAME
-    names = ["case", "attack", "detector", "passes", "auroc", "target_frr"]
+    names = ["case", "attack", "detector", "passes", "auroc", "auroc_low", "auroc_high", "target_frr"]
     names += [f"{rate}{end}" for rate in ("far", "frr") for end in ("", "_low", "_high", "_images")]
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
@@ -80,7 +87,7 @@ def write_csv(folder: Path, results: Results) -> Path:
             for target in [*TARGETS, None]:
                 if ("fixed" if target is None else f"at_{target:g}") in row.figures:
                     far, frr = (_plain(row.rate(target, name)) for name in ("far", "frr"))
-                    start = [row.case, row.attack, row.detector, row.passes, f"{row.figures['auroc']:.4f}"]
+                    start = [row.case, row.attack, row.detector, row.passes, *(f"{end:.4f}" for end in row.area)]
                     writer.writerow([*start, "" if target is None else target, *far, *frr])
     return file
 
@@ -96,7 +103,7 @@ def tables(results: Results) -> str:
         [
             _repair_table({name: result for name, result in results.items() if CASES[name].whole}),
             f"Forward passes for an input, beside the one of the network that is served: {costs}.",
-            _matrix("AUROC", calibrated, lambda row: f"{row.figures['auroc']:.3f}"),
+            _matrix("AUROC (95 % interval)", calibrated, _area),
             *(_target_table(calibrated, target) for target in TARGETS),
             _seeds_table(calibrated),
             _fixed_table(found),
@@ -107,6 +114,11 @@ def tables(results: Results) -> str:
             *swept,
         ]
     )
+
+
+def _area(row: Row) -> str:
+    area, low, high = row.area
+    return f"{area:.3f} ({low:.3f}-{high:.3f})"
 
 
 def _target_table(found: list[Row], target: float) -> str:

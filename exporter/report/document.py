@@ -11,11 +11,12 @@ is {rate, low, high, successes, count}: the rate, its exact 95 % interval, and w
   pruned_share}]}; the repair succeeded if attack success is under `goal`.
 - `layers`: [{name, kind, output_shape, parameters, pruned_share}].
 - `guard`: {detector, threshold_bits, threshold_plain_bits, threshold_nll, method, target_frr, frr_low, frr_high,
-  images, note, alpha, overlays, frr, far, auroc}. `frr_low` to `frr_high` is the 95 % range that calibration expects,
-  or what `note` says of it; the proportions `frr` (held-out clean images rejected) and `far` (trojaned images accepted)
-  were measured, of the verdicts; AUROC is that of the p-values, or of the entropies for the detector `strip`.
-- `by_entropy`: {frr, far, auroc}: likewise, of the threshold on the entropy alone. An image's entropy is the mean over
-  the overlays here and below, and the lower median for the detector `consensus`.
+  images, note, alpha, overlays, frr, far, auroc, auroc_low, auroc_high}. `frr_low` to `frr_high` is the 95 % range that
+  calibration expects, or what `note` says of it; the proportions `frr` (held-out clean images rejected) and `far`
+  (trojaned images accepted) were measured, of the verdicts; AUROC, with its 95 % interval, is that of the p-values, or
+  of the entropies for the detector `strip`.
+- `by_entropy`: {frr, far, auroc, auroc_low, auroc_high}: likewise, of the threshold on the entropy alone. An image's
+  entropy is the mean over the overlays here and below, and the lower median for the detector `consensus`.
 - `opinions`: {held_out, trojaned}, each {bits, plain_bits, nlls}: of each image its entropy, the entropy of the
   original network's answer to it as it came, and its nll in nats, null where the repaired network is not asked. Null
   for the detector `strip`.
@@ -42,7 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detector.scores import score_bits
-from detector.statistics import auroc
+from detector.statistics import auroc, auroc_interval
 from detector.strip import is_trojaned
 from exporter.report.data import LEAST_BITS, Examples, ReportData, lowest_if_broken, share
 from exporter.report.notices import notices
@@ -97,12 +98,12 @@ def document(data: ReportData, version: str, provenance: dict[str, Any]) -> dict
             "overlays": len(data.overlays),
             "frr": data.false_rejection.to_json(),
             "far": None if far is None else far.to_json(),
-            "auroc": area,
+            **_area(area, data),
         },
         "by_entropy": {
             "frr": share(is_trojaned(held_out, threshold)).to_json(),
             "far": None if entropy_far is None else entropy_far.to_json(),
-            "auroc": entropy_area,
+            **_area(entropy_area, data),
         },
         "opinions": _opinions(data),
         "histogram": _histogram(_scores(data.calibration_entropies_bits, detector), held_out, trojaned, detector),
@@ -135,6 +136,13 @@ def _histogram(
         name: None if group is None else np.histogram(group.clip(edges[0]), edges)[0] for name, group in groups.items()
     }
     return {"edges_bits": edges, **counts}
+
+
+def _area(area: float | None, data: ReportData) -> dict[str, float | None]:
+    if area is None or data.trojaned_bits is None:
+        return dict.fromkeys(("auroc", "auroc_low", "auroc_high"))
+    low, high = auroc_interval(area, len(data.held_out_bits), len(data.trojaned_bits))
+    return {"auroc": area, "auroc_low": low, "auroc_high": high}
 
 
 def _opinions(data: ReportData) -> dict[str, Any] | None:

@@ -246,7 +246,8 @@ def _roc(numbers: dict[str, Any]) -> Drawn:
         return Drawn("roc", title, "Not measured: there were no attack samples.", None)
     caught = 1 - guard["far"]["rate"]
     sentence = (
-        f"AUROC is {guard['auroc']:.4f} (1 separates perfectly, 0.5 is chance); at the threshold in use "
+        f"AUROC is {guard['auroc']:.4f} ({guard['auroc_low']:.4f} to {guard['auroc_high']:.4f}; 1 separates perfectly, "
+        "0.5 is chance); at the threshold in use "
         f"{percent(caught)} of trojaned inputs are caught (FAR {percent(guard['far']['rate'])}) for "
         f"{percent(guard['frr']['rate'])} of clean ones rejected (FRR)."
     )

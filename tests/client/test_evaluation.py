@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import stats
 
 from client.api import ModelMetadata, OnProgress, Verdicts
 from client.evaluation import Evaluation, evaluate, proportion
 from detector.errors import DataError, InputError
-from detector.statistics import Proportion, auroc
+from detector.statistics import Proportion, auroc, auroc_interval
 from samples.types import Samples
 
 CLASSES = 3
@@ -204,6 +205,41 @@ scores = st.lists(st.integers(-3, 3).map(float) | st.just(float("inf")), min_siz
 def test_auroc_is_the_share_of_pairs_in_the_right_order(clean: list[float], trojaned: list[float]) -> None:
     pairs = [(t > c) + 0.5 * (t == c) for t in trojaned for c in clean]
     assert auroc(clean, trojaned) == pytest.approx(sum(pairs) / len(pairs))
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.5, 2.5])
+def test_the_interval_of_an_auroc_holds_the_true_one_as_often_as_it_says(shift: float) -> None:
+    generator = np.random.default_rng(int(10 * shift))
+    true, tries, held = stats.norm.cdf(shift / np.sqrt(2)), 400, 0
+    for _ in range(tries):
+        clean, trojaned = generator.normal(0, 1, 60), generator.normal(shift, 1, 40)
+        low, high = auroc_interval(auroc(clean, trojaned), len(clean), len(trojaned))
+        held += low <= true <= high
+    assert stats.binomtest(held, tries, 0.95).pvalue > 0.001 or held / tries > 0.95
+
+
+@given(st.integers(1, 500), st.integers(1, 500), st.data())
+def test_the_interval_of_an_auroc_is_where_its_error_says(clean: int, trojaned: int, data: st.DataObject) -> None:
+    area = data.draw(st.integers(0, 2 * clean * trojaned)) / (2 * clean * trojaned)
+    low, high = auroc_interval(area, clean, trojaned)
+    assert 0 <= low <= area <= high <= 1
+    assert low < high
+    assert (low == 0, high == 1) == (area == 0, area == 1)
+    mirrored = auroc_interval(1 - area, clean, trojaned)
+    np.testing.assert_allclose(mirrored, (1 - high, 1 - low), atol=1e-9)
+    for end in (low, high):
+        if 0 < end < 1:
+            # Hanley and McNeil's own form of the variance, with Newcombe's size of both sides.
+            q1, q2 = end / (2 - end), 2 * end**2 / (1 + end)
+            others = (clean + trojaned) / 2 - 1
+            variance = (end * (1 - end) + others * ((q1 - end**2) + (q2 - end**2))) / (clean * trojaned)
+            assert abs(area - end) == pytest.approx(1.959964 * np.sqrt(variance), abs=1e-6)
+
+
+@pytest.mark.parametrize(("area", "clean", "trojaned"), [(1.1, 5, 5), (float("nan"), 5, 5), (0.5, 0, 5), (0.5, 5, 0)])
+def test_an_interval_wants_an_area_and_images(area: float, clean: int, trojaned: int) -> None:
+    with pytest.raises(InputError, match="auroc interval: got"):
+        auroc_interval(area, clean, trojaned)
 
 
 @pytest.mark.parametrize(("clean", "trojaned"), [([], [1.0]), ([1.0], []), ([float("nan")], [1.0]), ([[1.0]], [1.0])])

@@ -202,12 +202,16 @@ class Guard(Strict):
     frr: Rate
     far: Rate | None
     auroc: float | None
+    auroc_low: float | None
+    auroc_high: float | None
 
 
 class Alone(Strict):
     frr: Rate
     far: Rate | None
     auroc: float | None
+    auroc_low: float | None
+    auroc_high: float | None
 
 
 class Opinion(Strict):
