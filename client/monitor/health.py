@@ -23,8 +23,13 @@ from detector.errors import StripwireError
 
 _SAY_AGAIN_SECONDS = 60.0
 _TREATABLE = ("failed", "deadline")
-# What a server that is started anew may be cured of. Refusals and a file that does not fit stay as they are.
+# What a server that is started anew may be cured of. Refusals and a file that does not fit stay as they are; and were
+# one that is overloaded taken away, its requests would go to the others, until none is left.
 _DEADLY = ("failed", "deadline", "unavailable")
+
+
+# It answers: the canary, or, where it has more to do than it can, others before it.
+_ANSWERS = (None, "overloaded")
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Health:
         with self._lock:
             whys = [self._unhealed, self._last.why if self._last else "no canary was sent yet"]
             since, answered_at = self._failing_since, self._answered_at
-            ready = self._last is not None and self._last.kind is None
+            ready = self._last is not None and self._last.kind in _ANSWERS
             live = not self._unhealed
         if answered_at is not None and now - answered_at > self._stale_after_seconds:
             ready = False
@@ -123,9 +128,9 @@ class Health:
         with self._lock:
             before, self._last = self._last, outcome
             gone = outcome.kind == "unavailable"
-            if outcome.kind is None:
+            if outcome.kind in _ANSWERS:
                 self._answered_at = now
-            if outcome.kind is None or gone:
+            if outcome.kind in _ANSWERS or gone:
                 self._unhealed = ""
             if outcome.kind not in _DEADLY or (gone and self._answered_at is None):
                 self._failing_since = None

@@ -14,7 +14,7 @@ from detector.live_metrics import VERDICTS
 from detector.serving import BEHIND
 from samples.canaries import Canaries
 
-ERROR_KINDS = ("unavailable", "deadline", "denied", "rejected", "mismatch", "failed")
+ERROR_KINDS = ("overloaded", "unavailable", "deadline", "denied", "rejected", "mismatch", "failed")
 """Why a canary got no verdict, see `client.monitor.sender`."""
 
 RELOAD_REASONS = ("died", "failed", "absent")

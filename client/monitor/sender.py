@@ -11,10 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.api import GuardedClient
+from client.control import ENSEMBLE
 from client.metrics import outcome_of
 from client.monitor.metrics import MonitorMetrics
 from detector.errors import DataError, InputError, ServerError
 from samples.canaries import Canaries
+
+_LOOK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class CanarySender:
         self._metrics = metrics
         self._clock = clock
         self._turns = _turns(canaries.trojaned)
+        self._answered: int | None = None
         self._client: GuardedClient | None = None
 
     @property
@@ -74,14 +78,37 @@ class CanarySender:
             started = self._clock()
             verdict = client.classify(self._canaries.images[index], canary=True)[0]
         except (ServerError, InputError) as error:
-            self.close()
             kind = "mismatch" if isinstance(error, InputError) else outcome_of(error)
+            if kind == "deadline" and self._answers_others():
+                kind = "overloaded"
+            self.close()
             self._metrics.canary_errors.labels(kind).inc()
             return Outcome(kind, str(error))
+        self._answered = None
         self._metrics.canary_seconds.observe(self._clock() - started)
         truth = "trojaned" if self._canaries.trojaned[index] else "clean"
         self._metrics.canaries.labels(truth, "rejected" if verdict.trojaned else "accepted").inc()
         return Outcome()
+
+    def _answers_others(self) -> bool:
+        """Say whether the server has answered others since we last asked, or else within two seconds from now."""
+        before = self._answered
+        if before is None and (before := self._count_answered()) is not None:
+            time.sleep(_LOOK_SECONDS)
+        self._answered = self._count_answered()
+        # One of them may be the canary that took too long.
+        return before is not None and self._answered is not None and self._answered > before + 1
+
+    def _count_answered(self) -> int | None:
+        """Return how many requests have got their verdict from the server; None where it does not say."""
+        client = self._client
+        if client is None:
+            return None
+        try:
+            told = client.ask(ENSEMBLE, lambda triton, **options: triton.get_inference_statistics(ENSEMBLE, **options))
+        except (ServerError, InputError):
+            return None
+        return sum(int(version.inference_stats.success.count) for version in told.model_stats)
 
     def _check_fit(self, client: GuardedClient) -> None:
         about = client.metadata()

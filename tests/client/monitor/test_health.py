@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -248,6 +250,39 @@ def test_a_server_that_is_too_slow_is_left_alone_but_not_for_ever(watched: Watch
     watched.timeout_seconds = 20.0
     watched.rounds()
     assert watched.state() == (True, True)
+
+
+FLOOD = """
+import sys, threading
+import numpy as np, tritonclient.grpc as triton
+client = triton.InferenceServerClient(sys.argv[1])
+images = np.zeros((64, *map(int, sys.argv[2:])), np.uint8)
+given = triton.InferInput("image", images.shape, "UINT8").set_data_from_numpy(images)
+room = threading.Semaphore(300)  # so many wait at once
+while True:
+    room.acquire()
+    client.async_infer("guarded", [given], callback=lambda result, error: room.release())
+"""
+
+
+def test_a_server_that_has_more_to_do_than_it_can_stays_where_it_is(watched: Watched) -> None:
+    watched.rounds()
+    watched.sender.close()
+    watched.timeout_seconds = 0.5
+    flood = subprocess.Popen([sys.executable, "-c", FLOOD, watched.url, *map(str, SHAPE)])
+    try:
+        while "overloaded" not in watched.errors():
+            watched.rounds(every=0.0)
+        for _ in range(5):
+            watched.rounds(every=60)
+            assert watched.state() == (True, True), watched.health.status()
+    finally:
+        flood.kill()
+        flood.wait()
+    assert watched.reloads() == {}
+    watched.timeout_seconds = 20.0
+    while watched.health.status().why:  # until what waits has been answered
+        watched.rounds(every=0.0)
 
 
 def test_a_server_that_was_never_there_may_be_starting() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import keras
 import numpy as np
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from client.control import ModelControl, control_headers
 from client.monitor.settings import MonitorSettings
 from deploy.embedded import server as embedded
 from detector.errors import AccessDeniedError, ServerUnavailableError
+from exporter.badnet import MODEL_FILE, TEST_FILE, VALIDATION_FILE
 from model_repository.manifest import FUSED, MODELS
 from tests.certificates import OpenSsl
 from tests.conftest import wait_for
@@ -91,23 +93,26 @@ def test_every_variable_is_one_that_is_read(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(repository: Path, badnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Return a machine with a repository as release 1, and data."""
+def place(badnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Return a machine with a network and its data, and release 1, as the Job makes it."""
     folder = tmp_path_factory.mktemp("cluster")
     for name in ("releases", "data", "quarantine", "monitor-tmp"):
         (folder / name).mkdir()
-    shutil.copytree(repository, folder / "releases" / "1" / "repository")
-    shutil.copy(badnet / "clean_test_data.h5", folder / "data" / "test.h5")
-    shutil.copy(badnet / "clean_validation_data.h5", folder / "data" / "clean.h5")
-    return Place(folder, embedded.choose_ports("127.0.0.1", {"8000": 0, "8001": 0, "8002": 0, "8003": 0}))
+    keras.saving.load_model(badnet / MODEL_FILE).save(folder / "data" / "model.h5")
+    for name, file in (("test.h5", TEST_FILE), ("clean.h5", VALIDATION_FILE)):
+        shutil.copy(badnet / file, folder / "data" / name)
+    place = Place(folder, embedded.choose_ports("127.0.0.1", {"8000": 0, "8001": 0, "8002": 0, "8003": 0}))
+    (exporting,) = pods(rendered("export"))
+    for container in exporting.containers:
+        quick = ("--repair", "none", "--target-frr", "0.2") if container["args"][0] == "export" else ()
+        done = place.run("export", container, *quick)
+        assert done.returncode == 0, f"{container['name']}: {done.stderr}"
+    return place
 
 
 @pytest.fixture(scope="module")
 def releases(place: Place) -> Place:
-    """Return that machine with canaries for release 1, and with release 2, as the Jobs make them."""
-    (exporting,) = pods(rendered("export"))
-    done = place.run("export", exporting.container("canaries"))
-    assert done.returncode == 0, done.stderr
+    """Return that machine with release 2, as the Job makes it."""
     (calibrating,) = pods(rendered("calibrate"))
     for container in calibrating.containers:
         more = ("--target-frr", "0.2") if container["args"][0] == "calibrate" else ()  # there are few images

@@ -131,13 +131,17 @@ def answers_at(port: int) -> bool:
     return False
 
 
-def test_callers_leave_a_pod_before_it_stops_and_lose_nothing(triton_pods: dict[int, int]) -> None:
+@pytest.mark.parametrize("kept", [0, 30], ids=["by the ClusterIP", "by DNS answers that are kept for 30 seconds"])
+def test_callers_leave_a_pod_before_it_stops_and_lose_nothing(triton_pods: dict[int, int], kept: int) -> None:
     preparing = server("cpu").triton["lifecycle"]["preStop"]["sleep"]["seconds"] / FASTER
     with closing(VirtualAddress(list(triton_pods))) as service, calling(service.port) as outcomes:
         wait_for(lambda: len(outcomes) > 20)
         leaving = service.last
+        going = time.monotonic()
+        service.pods = [leaving]  # callers who were told its address connect to it for so long
+        time.sleep(kept / FASTER)
         service.pods = [port for port in triton_pods if port != leaving]
-        time.sleep(preparing)
+        time.sleep(going + preparing - time.monotonic())
         before = len(outcomes)
         os.kill(triton_pods[leaving], signal.SIGTERM)
         wait_for(lambda: len(outcomes) > before + 100)
