@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from client.api import GuardedClient
 from client.metrics import outcome_of
 from client.monitor.metrics import MonitorMetrics
-from detector.errors import DataError, InputError, ServerError
+from detector.errors import DataError, InputError, ServerError, StripwireError
 from samples.canaries import Canaries
 
 
@@ -70,18 +70,23 @@ class CanarySender:
         index = next(self._turns)
         try:
             client = self._client = self._client or self._connect()
+        except InputError as error:  # a file of TLS is gone, or our certificate has expired meanwhile
+            return self._unanswered("denied", error)
+        try:
             self._check_fit(client)
             started = self._clock()
             verdict = client.classify(self._canaries.images[index], canary=True)[0]
         except (ServerError, InputError) as error:
             self.close()
-            kind = "mismatch" if isinstance(error, InputError) else outcome_of(error)
-            self._metrics.canary_errors.labels(kind).inc()
-            return Outcome(kind, str(error))
+            return self._unanswered("mismatch" if isinstance(error, InputError) else outcome_of(error), error)
         self._metrics.canary_seconds.observe(self._clock() - started)
         truth = "trojaned" if self._canaries.trojaned[index] else "clean"
         self._metrics.canaries.labels(truth, "rejected" if verdict.trojaned else "accepted").inc()
         return Outcome()
+
+    def _unanswered(self, kind: str, error: StripwireError) -> Outcome:
+        self._metrics.canary_errors.labels(kind).inc()
+        return Outcome(kind, str(error))
 
     def _check_fit(self, client: GuardedClient) -> None:
         about = client.metadata()
