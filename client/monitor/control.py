@@ -56,7 +56,11 @@ class ControlCheck(Collector):
             with client:
                 ModelControl(client).check_access()
         except AccessDeniedError as error:
-            log(logging.WARNING, "a broken model could not be loaded again", why=str(error))
+            log(
+                logging.WARNING,
+                "a model that breaks could not be loaded again: the server refuses the control token",
+                why=str(error),
+            )
             return False
         except StripwireError as error:
             log(logging.WARNING, "the control token could not be tried", why=str(error))

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from client.api import TlsOptions
+from client.api import GuardedClient, TlsOptions
+from client.control import control_headers
 from client.monitor.certificates import CertificateCollector
+from client.monitor.control import ControlCheck
 from client.monitor.metrics import FeedbackCollector, MonitorMetrics
 from client.monitor.record import FeedbackRecord
 from deploy.embedded.server import EmbeddedTriton
@@ -97,6 +99,10 @@ def test_the_rules_are_about_metrics_that_exist(ensemble_metrics: str, server: E
     OpenSsl(tmp_path).write_authority("own")
     tls = TlsOptions(private_key=tmp_path / "own.key", certificate_chain=tmp_path / "own.crt")
     registry.register(CertificateCollector(server.grpc_address, tls))
+    headers = control_headers(server.control_token)
+    control = ControlCheck(lambda: GuardedClient(server.grpc_address, headers=headers))
+    control.try_now_and_then()
+    registry.register(control)
     with FeedbackRecord(tmp_path / "record.sqlite") as record:
         registry.register(FeedbackCollector(record))
         shown = generate_latest(registry).decode()

@@ -173,6 +173,9 @@ def test_what_cannot_be_used_is_named_before_anything_starts(canary_file: Path, 
     status, said = refusal("--canaries", canary_file, *record, "--url", "nowhere")
     assert status == 2
     assert "url: got 'nowhere'" in said
+    status, said = refusal("--canaries", canary_file, *record, "--control-token", "too-short")
+    assert status == 2
+    assert "control token: expected at least 16" in said
     assert not record[1].exists()
 
 
