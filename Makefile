@@ -35,8 +35,8 @@ dashboard: $(VENV)/.installed-dev  ## Generate the Grafana dashboard
 check-dashboard: $(VENV)/.installed-dev  ## Check the dashboard against Grafana's TypeScript types; needs Node.js
 	$(BIN)/python -m deploy.grafana.check_schema
 
-prometheusrule: $(VENV)/.installed-dev  ## Write the rules of Prometheus as a manifest for Kubernetes
-	$(BIN)/python -m deploy.kubernetes.prometheusrule
+prometheusrule: $(VENV)/.installed-dev  ## Write the rules of Prometheus as a manifest for Kubernetes; RUNBOOKS=URL links runbooks
+	$(BIN)/python -m deploy.kubernetes.prometheusrule $(if $(RUNBOOKS),--runbooks '$(RUNBOOKS)') $(if $(RULES),--plain '$(RULES)')
 
 clean:  ## Remove the virtual environment, caches and the demo's output
 	rm -rf $(VENV) build dist *.egg-info stripwire-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -28,7 +28,8 @@ class TlsOptions:
         server_name: the name to expect in the server's certificate, where it is not the address (a port-forward).
 
     Raises:
-        InputError: a file is missing or no PEM, key and certificate do not match, or one comes without the other.
+        InputError: a file is missing or no PEM, key and certificate do not match, one comes without the other, or our
+            certificate has expired or is not valid yet.
     """
 
     root_certificates: Path | None = None

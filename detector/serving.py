@@ -62,6 +62,14 @@ _LEAST_THRESHOLD = -float(np.finfo(np.float32).smallest_subnormal)
 CONTROL_KEY = "stripwire-control"
 """What the secret is called without which a server loads no model."""
 
+CONTROL_RULE = "at least 16 letters, digits or any of _ . ~ -"
+"""What the secret is made of. Triton takes it as part of a longer option, in which other characters mean something."""
+
+
+def is_control_token(token: str) -> bool:
+    """Say whether a server can be given that secret, see `CONTROL_RULE`."""
+    return re.fullmatch(r"[A-Za-z0-9_.~-]{16,}", token) is not None
+
 
 class Stage:
     """Runs an array function over all requests of a Triton batch.

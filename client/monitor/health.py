@@ -58,6 +58,7 @@ class Health:
         stale_after_seconds: how old the last verdict may be for the server to be ready.
         dead_after_seconds: how long canaries may fail before liveness does. A server that has answered none yet may
             still be starting, and be away as long as it likes.
+        answered: called after every canary that got its verdict.
         pause_seconds: how long nothing is tried after an attempt to heal that did not help.
         clock: seconds that never jump.
     """
@@ -71,6 +72,7 @@ class Health:
         *,
         stale_after_seconds: float,
         dead_after_seconds: float,
+        answered: Callable[[], None] = lambda: None,
         pause_seconds: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -80,6 +82,7 @@ class Health:
         self._metrics = metrics
         self._stale_after_seconds = stale_after_seconds
         self._dead_after_seconds = dead_after_seconds
+        self._answered = answered
         self._pause_seconds = pause_seconds
         self._clock = clock
         self._lock = threading.Lock()
@@ -110,6 +113,8 @@ class Health:
     def round(self) -> None:
         """Send one canary; if it fails, find out why, and heal what can be healed."""
         outcome = self._send()
+        if outcome.kind is None:
+            self._answered()
         if outcome.kind not in _TREATABLE:
             return
         now = self._clock()

@@ -14,7 +14,7 @@ from client.api import GuardedClient
 from client.control import ENSEMBLE
 from client.metrics import outcome_of
 from client.monitor.metrics import MonitorMetrics
-from detector.errors import DataError, InputError, ServerError
+from detector.errors import DataError, InputError, ServerError, StripwireError
 from samples.canaries import Canaries
 
 _LOOK_SECONDS = 2.0
@@ -74,6 +74,9 @@ class CanarySender:
         index = next(self._turns)
         try:
             client = self._client = self._client or self._connect()
+        except InputError as error:  # a file of TLS is gone, or our certificate has expired meanwhile
+            return self._unanswered("denied", error)
+        try:
             self._check_fit(client)
             started = self._clock()
             verdict = client.classify(self._canaries.images[index], canary=True)[0]
@@ -82,13 +85,16 @@ class CanarySender:
             if kind == "deadline" and self._answers_others():
                 kind = "overloaded"
             self.close()
-            self._metrics.canary_errors.labels(kind).inc()
-            return Outcome(kind, str(error))
+            return self._unanswered(kind, error)
         self._answered = None
         self._metrics.canary_seconds.observe(self._clock() - started)
         truth = "trojaned" if self._canaries.trojaned[index] else "clean"
         self._metrics.canaries.labels(truth, "rejected" if verdict.trojaned else "accepted").inc()
         return Outcome()
+
+    def _unanswered(self, kind: str, error: StripwireError) -> Outcome:
+        self._metrics.canary_errors.labels(kind).inc()
+        return Outcome(kind, str(error))
 
     def _answers_others(self) -> bool:
         """Say whether the server has answered others since we last asked, or else within two seconds from now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from client.api import GuardedClient
 from client.control import control_headers
 from client.monitor.access import Access
 from client.monitor.app import MonitorApp
+from client.monitor.certificates import CertificateCollector
+from client.monitor.control import ControlCheck
 from client.monitor.drift import DriftCollector
 from client.monitor.health import Health, Watch
 from client.monitor.logs import log
@@ -47,9 +50,15 @@ def run_monitor(settings: MonitorSettings, find_control_token: Callable[[], str 
         # Without retries: a canary tells what a single request meets.
         return _client(settings, settings.timeout_seconds, retries=0)
 
+    def control_token() -> str | None:
+        return _secret(settings.control_token) or find_control_token()
+
     def connect_control() -> GuardedClient:
-        token = _secret(settings.control_token) or find_control_token()
-        return _client(settings, settings.reload_timeout_seconds, retries=4, control_token=token)
+        return _client(settings, settings.reload_timeout_seconds, retries=4, control_token=control_token())
+
+    def try_control() -> GuardedClient | None:
+        token = control_token()
+        return None if token is None else _client(settings, settings.timeout_seconds, retries=0, control_token=token)
 
     connect().close()  # says what is wrong with its options
     registry = CollectorRegistry()
@@ -63,6 +72,10 @@ def run_monitor(settings: MonitorSettings, find_control_token: Callable[[], str 
         registry.register(FeedbackCollector(record))
         if settings.metrics_url is not None:
             registry.register(DriftCollector(settings.metrics_url))
+        if (tls := settings.tls_options) is not None:
+            registry.register(CertificateCollector(settings.url, tls))
+        control = ControlCheck(try_control)
+        registry.register(control)
         view = None if settings.quarantine is None else QuarantineView(settings.quarantine, record)
         if view is not None:
             registry.register(QuarantineCollector(view))
@@ -73,6 +86,7 @@ def run_monitor(settings: MonitorSettings, find_control_token: Callable[[], str 
             metrics,
             stale_after_seconds=interval + 3 * settings.timeout_seconds,
             dead_after_seconds=settings.dead_after_seconds,
+            answered=control.try_now_and_then,
         )
         access = Access(_secret(settings.feedback_token), metrics)
         app = MonitorApp(health, record, access, registry, view)
@@ -98,6 +112,12 @@ def run_monitor(settings: MonitorSettings, find_control_token: Callable[[], str 
         )
         if not canaries.trojaned.any():
             log(logging.WARNING, "no canary is trojaned: nobody sees the FAR, or a guard that accepts everything")
+        if settings.quarantine is not None and not os.access(settings.quarantine, os.R_OK | os.X_OK):
+            log(
+                logging.WARNING,
+                "there is no quarantine to show (yet): is the server told this folder, and may the monitor read it?",
+                quarantine=settings.quarantine,
+            )
         server = uvicorn.Server(config)
         failures = []
 

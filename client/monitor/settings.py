@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from client.api import TlsOptions
 from detector.errors import InputError
+from detector.serving import CONTROL_RULE, is_control_token
 
 _PREFIX = "STRIPWIRE_"
 
@@ -92,6 +93,13 @@ class MonitorSettings(BaseSettings):
     def _is_long_enough(cls, token: SecretStr | None) -> SecretStr | None:
         if token is not None and not re.fullmatch(r"[!-~]{16,}", token.get_secret_value()):
             raise ValueError("at least 16 printable ASCII characters without blanks")
+        return token
+
+    @field_validator("control_token")
+    @classmethod
+    def _is_one_that_a_server_can_have(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None and not is_control_token(token.get_secret_value()):
+            raise ValueError(CONTROL_RULE)
         return token
 
     @field_validator("metrics_url")

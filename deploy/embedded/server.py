@@ -35,7 +35,7 @@ from deploy.embedded.launch import bound_to_us
 from deploy.embedded.tls import ServerTls
 from detector.errors import InputError, ServerError, ServerStartError, SetupError
 from detector.quarantine import FOLDER_VARIABLE, prepare
-from detector.serving import CONTROL_KEY, MODES, SENTINEL
+from detector.serving import CONTROL_KEY, CONTROL_RULE, MODES, SENTINEL, is_control_token
 from model_repository.manifest import verify_repository
 
 _BACKENDS = Path(__file__).parent / "backends"
@@ -220,9 +220,8 @@ class EmbeddedTriton:
             raise InputError(f"mode: got {mode!r}, expected one of {', '.join(MODES)}")
         if not host:
             raise InputError("host: got nothing, expected an address of this machine such as 127.0.0.1")
-        if control_token is not None and not re.fullmatch(r"[A-Za-z0-9_.~-]{16,}", control_token):
-            # Triton takes it as part of a longer option, in which other characters mean something.
-            raise InputError("control token: expected at least 16 letters, digits or any of _ . ~ -")
+        if control_token is not None and not is_control_token(control_token):
+            raise InputError(f"control token: expected {CONTROL_RULE}")
         self.control_token = secrets.token_urlsafe(32) if control_token is None else control_token
         self.repository = repository.resolve()
         self.mode = mode

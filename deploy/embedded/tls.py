@@ -20,8 +20,8 @@ class ServerTls:
         client_authorities: who must have signed a caller's certificate (mutual TLS); None lets everybody in.
 
     Raises:
-        InputError: a file is missing or cannot be used, or key and certificate do not match. Triton would start all the
-            same, and answer nobody.
+        InputError: a file is missing or cannot be used, key and certificate do not match, or the certificate has
+            expired or is not valid yet. Triton would start all the same, and answer nobody.
     """
 
     certificate: Path

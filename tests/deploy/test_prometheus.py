@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from client.api import GuardedClient, TlsOptions
+from client.control import control_headers
+from client.monitor.certificates import CertificateCollector
+from client.monitor.control import ControlCheck
 from client.monitor.metrics import FeedbackCollector, MonitorMetrics
 from client.monitor.record import FeedbackRecord
 from deploy.embedded.server import EmbeddedTriton
+from tests.certificates import OpenSsl
 from tests.client.monitor.conftest import canaries
 from tests.conftest import program
 
@@ -86,11 +91,18 @@ def test_every_alert_says_what_is_wrong_and_what_to_do(promtool: str, tmp_path: 
         assert 'severity="' in firing
 
 
-def test_the_rules_are_about_metrics_that_exist(ensemble_metrics: str, tmp_path: Path) -> None:
+def test_the_rules_are_about_metrics_that_exist(ensemble_metrics: str, server: EmbeddedTriton, tmp_path: Path) -> None:
     expressions = re.sub(r"#.*|(?s:annotations:.*?(?=\n      - |\Z))", "", RULES.read_text())
     used = set(re.findall(r"\b(?:stripwire|nv)_[a-z_]+\b(?!:)", expressions))
     registry = CollectorRegistry()
     MonitorMetrics(registry, canaries(calibrated_at=1.0, frr_upper=0.1, far_upper=0.1))
+    OpenSsl(tmp_path).write_authority("own")
+    tls = TlsOptions(private_key=tmp_path / "own.key", certificate_chain=tmp_path / "own.crt")
+    registry.register(CertificateCollector(server.grpc_address, tls))
+    headers = control_headers(server.control_token)
+    control = ControlCheck(lambda: GuardedClient(server.grpc_address, headers=headers))
+    control.try_now_and_then()
+    registry.register(control)
     with FeedbackRecord(tmp_path / "record.sqlite") as record:
         registry.register(FeedbackCollector(record))
         shown = generate_latest(registry).decode()

@@ -173,7 +173,23 @@ def test_what_cannot_be_used_is_named_before_anything_starts(canary_file: Path, 
     status, said = refusal("--canaries", canary_file, *record, "--url", "nowhere")
     assert status == 2
     assert "url: got 'nowhere'" in said
+    status, said = refusal("--canaries", canary_file, *record, "--control-token", "too-short")
+    assert status == 2
+    assert "control token: expected at least 16" in said
     assert not record[1].exists()
+
+
+def test_a_quarantine_that_is_not_there_is_told_once(canary_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "quarantine"
+    with monitoring(canary_file, AWAY, "--quarantine", folder) as monitor:
+        assert monitor.metric("stripwire_quarantine_inputs", truth="unlabelled") == 0
+        assert monitor.stop() == 0
+        (told,) = [line for line in monitor.lines() if "quarantine to show" in line["event"]]
+        assert (told["level"], told["quarantine"]) == ("warning", str(folder))
+    folder.mkdir()
+    with monitoring(canary_file, AWAY, "--quarantine", folder) as monitor:
+        assert monitor.stop() == 0
+        assert not [event for event in monitor.events() if "quarantine to show" in event]
 
 
 def test_canaries_for_another_class_count_are_logged(ensemble: EmbeddedTriton, tmp_path: Path) -> None:

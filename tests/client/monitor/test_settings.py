@@ -66,6 +66,14 @@ def test_a_feedback_token_that_is_too_weak_is_refused_and_not_shown(token: str) 
     assert token not in str(caught.value)
 
 
+@pytest.mark.parametrize("token", ["short", "with,comma-and-more-of-it", "with blanks and more of it"])
+def test_a_control_token_that_no_server_can_have_is_refused_and_not_shown(token: str) -> None:
+    remedy = r"\(--control-token or STRIPWIRE_CONTROL_TOKEN\)"
+    with pytest.raises(InputError, match=rf"control token: expected at least 16 letters, .* {remedy}") as caught:
+        read_settings(canaries="c.npz", control_token=token)
+    assert token not in str(caught.value)
+
+
 def test_secrets_are_not_printed() -> None:
     settings = read_settings(canaries="c.npz", token="t0ken-of-the-server", feedback_token="t0ken-of-the-feedback")  # noqa: S106
     assert "t0ken" not in repr(settings)

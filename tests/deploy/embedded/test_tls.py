@@ -22,7 +22,7 @@ from deploy.embedded.server import EmbeddedTriton
 from deploy.embedded.tls import ServerTls, server_tls
 from detector.errors import AccessDeniedError, InputError, ServerUnavailableError
 from samples.canaries import Canaries, write_canaries
-from tests.deploy.embedded.certificates import write_certificates
+from tests.deploy.embedded.certificates import unchecked, write_certificates
 from tests.networks import write_small_repository
 
 SHAPE, CLASSES = (8, 7, 3), 5
@@ -40,6 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def presented(folder: Path, name: str, client_authority: str | None = None) -> ServerTls:
     authorities = None if client_authority is None else folder / f"{client_authority}.crt"
+    if name == "expired":
+        return unchecked(folder, name, lambda key, certificate: ServerTls(certificate, key, authorities))
     return ServerTls(folder / f"{name}.crt", folder / f"{name}.key", authorities)
 
 
@@ -51,6 +53,8 @@ def mutual(folder: Path) -> Iterator[EmbeddedTriton]:
 
 
 def known(folder: Path, certificate: str | None = "client", authority: str = "ca") -> TlsOptions:
+    if certificate == "expired":
+        return unchecked(folder, certificate, lambda *pair: TlsOptions(folder / f"{authority}.crt", *pair))
     pair = (None, None) if certificate is None else (folder / f"{certificate}.key", folder / f"{certificate}.crt")
     return TlsOptions(folder / f"{authority}.crt", *pair)
 
@@ -185,10 +189,35 @@ def test_the_command_line_serves_and_classifies_over_mutual_tls(folder: Path, tm
 
 
 @pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("expired", "expired on 2024-01-02 00:00 UTC"), ("early", "is not valid before 2099-01-01 00:00 UTC")],
+)
+def test_a_caller_is_told_at_once_that_its_own_certificate(folder: Path, name: str, complaint: str) -> None:
+    with pytest.raises(InputError, match=rf"certificate chain .*{name}\.crt {complaint}"):
+        TlsOptions(folder / "ca.crt", folder / f"{name}.key", folder / f"{name}.crt")
+
+
+def test_a_monitor_whose_own_certificate_has_expired_ends_at_once_with_the_reason(
+    mutual: EmbeddedTriton, folder: Path, tmp_path: Path
+) -> None:
+    write_canaries(tmp_path / "canaries.npz", Canaries(np.zeros((1, *SHAPE), np.uint8), np.array([False]), CLASSES))
+    command = [sys.executable, "-m", "stripwire", "monitor", "--canaries", str(tmp_path / "canaries.npz")]
+    command += ["--record", str(tmp_path / "feedback.sqlite"), "--listen", "127.0.0.1:0", "--url", mutual.grpc_address]
+    command += ["--tls-ca", "ca.crt", "--tls-key", "expired.key", "--tls-cert", "expired.crt"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "400"}
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "expired.crt expired on 2024-01-02 00:00 UTC, expected one that is valid: have it renewed" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
     ("certificate", "key", "authorities", "complaint"),
     [
         ("absent.crt", "server.key", None, r"TLS certificate .*: cannot read .*absent\.crt"),
         ("server.crt", "client.key", None, "cannot be used: KEY_VALUES_MISMATCH"),
+        ("expired.crt", "expired.key", None, r"TLS certificate .*expired\.crt expired on 2024-01-02 00:00 UTC"),
+        ("early.crt", "early.key", None, r"TLS certificate .*early\.crt is not valid before 2099-01-01 00:00 UTC"),
         ("server.crt", "locked.key", None, "the private key is encrypted"),
         ("server.crt", "index.txt.attr", None, r"TLS key: .* is not in PEM format"),
         ("server.crt", "server.key", "ca.key", "TLS client authorities: .* cannot be used"),

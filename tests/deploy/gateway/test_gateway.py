@@ -23,7 +23,7 @@ from deploy.embedded.server import EmbeddedTriton
 from detector.errors import AccessDeniedError, ServerUnavailableError
 from tests.certificates import OpenSsl
 from tests.conftest import wait_for
-from tests.deploy.embedded.certificates import write_certificates
+from tests.deploy.embedded.certificates import unchecked, write_certificates
 from tests.deploy.gateway.envoy import Gateway, gateway
 from tests.networks import write_small_repository
 
@@ -73,6 +73,8 @@ def port_of(triton: EmbeddedTriton) -> str:
 
 
 def known(folder: Path, certificate: str | None = "client") -> TlsOptions:
+    if certificate == "expired":
+        return unchecked(folder, certificate, lambda *pair: TlsOptions(folder / "ca.crt", *pair))
     pair = (None, None) if certificate is None else (folder / f"{certificate}.key", folder / f"{certificate}.crt")
     return TlsOptions(folder / "ca.crt", *pair)
 
