@@ -113,10 +113,10 @@ def throughput(
         for client in clients.values():
             for request in requests[:8]:
                 ask(client, request)
-        for turn in range(rounds):
-            order = sorted(clients, reverse=turn % 2 == 1)
-            found.append({count: _turn(clients[count], servers, requests, callers, seconds) for count in order})
-            report(f"One server and two, {PINNED if pinned else FREE}", turn + 1, rounds)
+        for number in range(rounds):
+            order = sorted(clients, reverse=number % 2 == 1)
+            found.append({count: turn(clients[count], servers, requests, callers, seconds) for count in order})
+            report(f"One server and two, {PINNED if pinned else FREE}", number + 1, rounds)
     return found
 
 
@@ -242,7 +242,7 @@ def _serving(repository: Path, cores: set[int] | None) -> Iterator[EmbeddedTrito
         server.stop()
 
 
-def _turn(
+def turn(
     client: Any, servers: Sequence[EmbeddedTriton], requests: Sequence[NDArray[np.uint8]], callers: int, seconds: float
 ) -> dict[str, float]:
     """Ask for so long, and return what came of it."""
