@@ -390,6 +390,7 @@ def export(
     from exporter.preprocessing import Preprocessing
     from exporter.publishing import check_writable
 
+    check_aim(target_frr, threshold_bits, overlay_choice)
     if detector is None:
         detector = "consensus" if threshold_bits is None and calibration_method in (None, "quantile") else "strip"
     for name in {name for used in USED.values() for name in used}:
@@ -416,7 +417,10 @@ def export(
         overlay_choice=overlay_choice,
         alpha=alpha,
         rule=ThresholdRule(
-            calibration_method, aim(target_frr, threshold_bits, overlay_choice), threshold_bits, detector
+            calibration_method,
+            ThresholdRule.target_frr if target_frr is None else target_frr,
+            threshold_bits,
+            detector,
         ),
         layout=layout,
         early_exit=not no_early_exit,
@@ -571,7 +575,13 @@ def calibrate(
         Detector | None,
         typer.Option(help="All that was found to tell trojaned inputs, or STRIP alone.", show_default="as it is"),
     ] = None,
-    target_frr: TargetFrr = None,
+    target_frr: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of clean inputs that may be rejected, 0..1.",
+            show_default="that of the active version; 0.05 where it does not say",
+        ),
+    ] = None,
     threshold_bits: Annotated[
         float | None, typer.Option(help="Entropy threshold to use as it is, instead of --target-frr.")
     ] = None,
@@ -580,7 +590,7 @@ def calibrate(
         typer.Option(
             help="quantile keeps the target FRR on average; normal is the STRIP paper's, without that promise; "
             "fixed takes --threshold-bits.",
-            show_default="quantile, or fixed with --threshold-bits",
+            show_default="fixed with --threshold-bits, else normal where it is, or quantile",
         ),
     ] = None,
     overlays: Annotated[
@@ -598,8 +608,9 @@ def calibrate(
         ),
     ] = None,
     overlay_choice: Annotated[
-        OverlayChoice, typer.Option(help="Chance, or the best of a pool; whatever it was before.")
-    ] = "random",
+        OverlayChoice | None,
+        typer.Option(help="Chance, or the best of a pool.", show_default="that of the active version"),
+    ] = None,
     keep_overlays: Annotated[
         bool, typer.Option("--keep-overlays", help="Keep overlays and alpha: only the threshold is new.")
     ] = False,
@@ -615,12 +626,13 @@ def calibrate(
     tls_cert: ClientCertificate = None,
 ) -> None:
     """Calibrate the guard again on new clean images: a new version with the same networks."""
-    from detector.calibration import ThresholdRule
     from exporter.recalibration import RecalibrationOptions, recalibrate
 
-    rule = ThresholdRule(calibration_method, aim(target_frr, threshold_bits, overlay_choice), threshold_bits)
+    check_aim(target_frr, threshold_bits, overlay_choice)
     options = RecalibrationOptions(
-        rule=rule,
+        method=calibration_method,
+        target_frr=target_frr,
+        threshold_bits=threshold_bits,
         detector=detector,
         overlays=None if overlays is None else overlay_count(overlays),
         alpha=alpha,
@@ -1318,19 +1330,15 @@ def overlay_count(text: str) -> int | Literal["auto"]:
         raise InputError(f"overlays: got {text!r}, expected a whole number or auto") from None
 
 
-def aim(target_frr: float | None, threshold_bits: float | None, overlay_choice: str) -> float:
-    """Return the target FRR, or what it is where none is given; refuse one that nothing would look at."""
-    from detector.calibration import ThresholdRule
+def check_aim(target_frr: float | None, threshold_bits: float | None, overlay_choice: str | None) -> None:
+    """Refuse a target FRR that nothing would look at."""
     from exporter.commands import uses_target_frr
 
-    if target_frr is None:
-        return ThresholdRule.target_frr
-    if not uses_target_frr(threshold_bits, overlay_choice):
+    if target_frr is not None and not uses_target_frr(threshold_bits, overlay_choice):
         raise InputError(
             f"target FRR: got {target_frr:g} and a threshold of {threshold_bits:g} bits, expected one of them: a given "
             "threshold is taken as it is"
         )
-    return target_frr
 
 
 def tell(notes: Sequence[str]) -> None:

@@ -275,7 +275,7 @@ finally:
         ("train-badnet .", "exists and is not empty"),
         ("train-badnet-on out --train data.h5 --test data.h5 --epochs 0", "epochs: got 0, expected at least 1"),
         ("calibrate out --clean data.h5 --overlays 0", "overlays: got 0"),
-        ("calibrate out --clean data.h5 --overlays auto", "expected greedy, which looks at images"),
+        ("calibrate out --clean data.h5 --overlays auto --overlay-choice random", "expected greedy, which looks"),
         ("demo --identities 20000", "Invalid value for '--identities'"),
     ],
 )
@@ -540,6 +540,7 @@ def test_without_a_server_to_tell_the_command_says_how(
     clean = ("--clean", badnet / "clean_validation_data.h5", "--keep-overlays", "--calibration-method", "normal")
     assert run(monkeypatch, "calibrate", live.repository, *clean) == 0
     said = capsys.readouterr()
+    assert "Target FRR 5 %, as before." in said.err
     assert f"reload {live.repository} --url 127.0.0.1:8001" in said.out
     assert "warning: the threshold reaches its target FRR only if" in " ".join(said.err.split())
     assert served_version(live) == "1"
