@@ -974,26 +974,7 @@ def quarantine_list(
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
-    table = Table(
-        Column("request id", overflow="fold"),
-        "rejected (UTC)",
-        "label",
-        "mean entropy (bits)",
-        "p-value",
-        "rejected by",
-        "was",
-    )
-    for about in found["inputs"]:
-        table.add_row(
-            escape(about["request_id"]),
-            f"{datetime.fromtimestamp(about['rejected_at'], timezone.utc):%Y-%m-%d %H:%M:%S}",
-            str(about["label"]),
-            "" if about["entropy_bits"] is None else f"{about['entropy_bits']:.3g}",
-            f"{about['p_value']:.2g}",
-            ", ".join(about["scores"]),
-            about["truth"] or "",
-        )
-    console.print(table)
+    console.print(rejected_table(found["inputs"]))
     say(f"{found['kept']} inputs are kept, {found['unlabelled']} not labelled. In a browser: {monitor}/quarantine")
 
 
@@ -1034,6 +1015,66 @@ def quarantine_label(
         new = sum(client.label(key, truth) for key in keys)
     known = len(request_ids) - new
     say(f"{new} recorded as {truth}" + (f", {known} had been before." if known else "."))
+
+
+@quarantine_app.command(
+    "save",
+    epilog="Example: stripwire quarantine save trojaned.npz --truth trojaned --label 0, then evaluate --trojaned",
+)
+def quarantine_save(
+    output: Annotated[Path, typer.Argument(help="Data file to write (.npz), which must not exist.")],
+    request_ids: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names of inputs, marked or not.", show_default="all that are marked as --truth says"),
+    ] = None,
+    truth: Annotated[Truth, typer.Option(help="What they were, as people have marked them.")] = "trojaned",
+    label: Annotated[
+        int | None,
+        typer.Option(min=0, help="Label of all of them: of trojaned ones, the class that the attacker wants."),
+    ] = None,
+    monitor: Monitor = "http://127.0.0.1:8003",
+    feedback_token: FeedbackToken = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="host:port (gRPC) of a server: labels are what its original network answers to each."),
+    ] = None,
+    timeout: Timeout = 30.0,
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: RootCertificates = None,
+    tls_key: ClientKey = None,
+    tls_cert: ClientCertificate = None,
+) -> None:
+    """Save rejected inputs as a data file, pixel by pixel, for evaluate, export, calibrate and canaries."""
+    import numpy as np
+
+    from client.quarantine import QuarantineClient
+    from samples.npz import write_npz
+    from samples.types import Samples
+    from samples.writing import check_new_file
+
+    if label is not None and url is not None:
+        raise InputError(f"label: got {label} and a server to ask for labels ({url}), expected one of them")
+    if label is None and url is None and truth == "trojaned":
+        raise InputError(
+            "label: got none, expected the class that the attacker wants: --label CLASS, or --url of a server whose "
+            "original network, which falls for the trigger, answers it. FAR does not depend on it, attack success does"
+        )
+    check_new_file(output, ".npz")
+    with progress() as report, QuarantineClient(monitor, feedback_token) as client:
+        found = client.evidence(truth, request_ids or (), lambda done, total: report("Fetching images", done, total))
+        labels, said = found.labels, "what the repaired network answered, which is no measure of that network"
+        if label is not None:
+            labels, said = np.full_like(labels, label), f"{label}, as asked"
+        if url is not None:
+            with connect(url, timeout, token, tls, tls_ca, tls_key, tls_cert) as server:
+                answers = server.original_probabilities(
+                    found.images, on_progress=lambda done, total: report("Asking the original network", done, total)
+                )
+            labels, said = answers.argmax(axis=1), "what the original network answers, which is no measure of that one"
+    tell(found.notes)
+    write_npz(output, Samples(found.images, labels), mode=0o600)  # people's pictures, as in the quarantine
+    say(f"{len(labels)} {truth} inputs written to {output}. Labels: {said}.")
 
 
 @quarantine_app.command("remove", epilog="Example: stripwire quarantine remove 7f3a.0")
@@ -1089,6 +1130,25 @@ def rejections(calibration: Calibration) -> str:
     if calibration.note:
         return f"these very images put its rejections at {rates}, further ones may not"
     return f"further clean inputs are rejected at {rates}"
+
+
+def rejected_table(inputs: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of inputs in the quarantine, two lines each: so a request id stays whole at 80 columns."""
+    longest = max((len(about["request_id"]) for about in inputs), default=0)
+    room = console.width - 42  # beside what the other columns need
+    ids = Column("request id", overflow="fold", width=max(len("request id"), min(longest, room)))
+    others = ("rejected (UTC)\nby", "label\nwas", "entropy\n(bits)\np-value")
+    table = Table(ids, *others, show_edge=False, padding=(0, 1, 0, 0))
+    for about in inputs:
+        rejected_at = datetime.fromtimestamp(about["rejected_at"], timezone.utc)
+        bits = "" if about["entropy_bits"] is None else f"{about['entropy_bits']:.3g}"
+        table.add_row(
+            escape(about["request_id"]),
+            f"{rejected_at:%Y-%m-%d %H:%M:%S}\n{', '.join(about['scores'])}",
+            f"{about['label']}\n{about['truth'] or ''}",
+            f"{bits}\n{about['p_value']:.2g}",
+        )
+    return table
 
 
 def repair_table(result: Export) -> Table:

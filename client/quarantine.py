@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
 import httpx
+import numpy as np
+from numpy.typing import NDArray
 
 from client.connection import is_loopback
 from detector.errors import AccessDeniedError, InputError, RequestRejectedError, ServerError, ServerUnavailableError
 
 _TIMEOUT_SECONDS = 30.0
+_PAGE = 1000  # the most inputs that a monitor tells at once
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Inputs out of the quarantine.
+
+    Attributes:
+        images: (count, height, width, channels), uint8, pixel by pixel what came; no two are alike.
+        labels: (count,), int64: what the repaired network answered.
+        notes: what was left out.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    notes: tuple[str, ...]
 
 
 class QuarantineClient:
@@ -68,6 +90,25 @@ class QuarantineClient:
         """
         return self._json("GET", "/v1/quarantine", params={"limit": limit, "labelled": str(labelled).lower()})
 
+    def marked(self, truth: str) -> list[dict[str, Any]]:
+        """Return what is known of all inputs of which somebody has said that they were `clean`, or `trojaned`.
+
+        Raises:
+            InputError, ServerError: no usable answer.
+        """
+        found: list[dict[str, Any]] = []
+        asked: dict[str, Any] = {"truth": truth, "limit": _PAGE}
+        while True:
+            page = self._json("GET", "/v1/quarantine", params=asked)["inputs"]
+            found += page
+            if len(page) < _PAGE:
+                return found
+            asked["before"] = page[-1]["key"]
+
+    def named(self, request_id: str) -> list[dict[str, Any]]:
+        """Return what is known of all inputs of a name; raises as `find` does."""
+        return self._named(request_id, limit=_PAGE)
+
     def find(self, request_id: str) -> dict[str, Any]:
         """Return what is known of an input, the newest of that name.
 
@@ -80,6 +121,85 @@ class QuarantineClient:
     def picture(self, key: str) -> bytes:
         """Return the image of an input as PNG; raises as `listing` does."""
         return self._ask("GET", f"/v1/quarantine/{quote(key, safe='')}.png").content
+
+    def image(self, key: str) -> NDArray[np.uint8] | None:
+        """Return the image of an input, (height, width, channels), uint8; None where it is there no more.
+
+        Raises:
+            InputError, ServerError: no usable answer.
+        """
+        answer = self._ask("GET", f"/v1/quarantine/{quote(key, safe='')}.npy", absent_is_fine=True)
+        if answer.status_code == 404:
+            return None
+        try:
+            image: NDArray[np.uint8] = np.load(io.BytesIO(answer.content), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ServerError(f"monitor: {self._url} gives no image of {key} ({error})") from error
+        if image.dtype != np.uint8 or image.ndim != 3:
+            raise ServerError(
+                f"monitor: {self._url} gives {image.dtype} of shape {image.shape} as the image of {key}, expected "
+                "uint8 of shape (height, width, channels)"
+            )
+        return image
+
+    def evidence(
+        self, truth: str, request_ids: Sequence[str] = (), on_progress: Callable[[int, int], None] | None = None
+    ) -> Evidence:
+        """Return the inputs that people have marked, in the order in which they came.
+
+        Args:
+            truth: what they were, `clean` or `trojaned`.
+            request_ids: names of inputs, of which nobody need have said what they were; none for all that are marked.
+            on_progress: called with (images fetched, images in all).
+
+        Raises:
+            InputError: there are none, one of a name is marked otherwise, or they have several shapes.
+            ServerError: no usable answer.
+        """
+        abouts = self._to_collect(truth, request_ids)
+        images: dict[bytes, NDArray[np.uint8]] = {}
+        labels, gone, first = [], 0, ""
+        for done, about in enumerate(abouts, start=1):
+            image = self.image(about["key"])
+            if on_progress is not None:
+                on_progress(done, len(abouts))
+            if image is None:
+                gone += 1
+                continue
+            first = first or about["request_id"]
+            shape = next(iter(images.values()), image).shape
+            if image.shape != shape:
+                raise InputError(
+                    f"images: {about['request_id']} has shape {image.shape} and {first} {shape}, expected one shape, "
+                    "which a network takes; name inputs of one"
+                )
+            digest = hashlib.sha256(image.tobytes()).digest()
+            if digest not in images:
+                images[digest] = image
+                labels.append(about["label"])
+        if not images:
+            raise InputError("request id: the inputs went while they were fetched, expected some that are kept")
+        notes = [f"{gone} of {len(abouts)} inputs went while they were fetched: the oldest go"] if gone else []
+        if copies := len(abouts) - gone - len(images):
+            notes.append(f"{copies} of {len(abouts)} inputs are left out: copies of others, pixel by pixel")
+        return Evidence(np.stack([*images.values()]), np.array(labels, np.int64), tuple(notes))
+
+    def _to_collect(self, truth: str, request_ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Return what is known of the inputs of these names, or of all that are marked, the oldest first."""
+        found = [about for name in request_ids for about in self.named(name)] if request_ids else self.marked(truth)
+        for about in found:
+            if about["truth"] not in (None, truth):
+                raise InputError(
+                    f"request id: {about['request_id']} is marked {about['truth']}, expected {truth}; leave it out, or "
+                    f"give --truth {about['truth']}"
+                )
+        if not found:
+            raise InputError(
+                f"truth: no input in the quarantine is marked {truth}, expected some; mark them on the page or by "
+                f"`stripwire quarantine label {truth}`, or name inputs"
+            )
+        by_key = {about["key"]: about for about in found}
+        return [by_key[key] for key in sorted(by_key)]
 
     def label(self, key: str, truth: str) -> bool:
         """Record what the input of a key was, `clean` or `trojaned`; return whether that is new.
@@ -98,7 +218,7 @@ class QuarantineClient:
             InputError: there is none of that name, or no more.
             ServerError: no usable answer, or the monitor may not write the folder.
         """
-        found = self._named(request_id, limit=1000)
+        found = self.named(request_id)
         for about in found:
             # Where it has gone meanwhile, what was wanted holds.
             self._ask("DELETE", f"/v1/quarantine/{quote(about['key'], safe='')}", absent_is_fine=True)

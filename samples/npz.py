@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from detector.errors import DataError
 from samples.arrays import StoredArray, StoredDataset
+from samples.types import Samples
+from samples.writing import whole_file
 
 _KEYS = (("images", "labels"), ("data", "label"), ("x", "y"))
 _TRUE_LABELS = ("true_labels", "true_label")
@@ -68,6 +70,18 @@ def open_npz(path: Path) -> Iterator[StoredDataset]:
         raise
     except DAMAGE as error:
         raise DataError(f"{path}: cannot be read as .npz of plain numbers ({error}); is it complete?") from error
+
+
+def write_npz(path: Path, samples: Samples, *, mode: int = 0o644) -> None:
+    """Write samples as `open_npz` reads them; the file appears whole or not at all.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    arrays = {"images": samples.images, "labels": samples.labels}
+    arrays |= {name: numbers for name in ("true_labels", "groups") if (numbers := getattr(samples, name)) is not None}
+    with whole_file(path, mode=mode) as file:
+        np.savez_compressed(file, **{name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
 def _names(path: Path, archive: zipfile.ZipFile) -> tuple[str, str]:
