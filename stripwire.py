@@ -987,17 +987,17 @@ def quarantine_show(
 ) -> None:
     """Show what is known of a rejected input, as JSON, and save its image."""
     from client.quarantine import QuarantineClient
+    from samples.writing import check_new_file, whole_file
 
+    if output is not None:
+        check_new_file(output)
     with QuarantineClient(monitor, feedback_token) as client:
         about = client.find(request_id)
         typer.echo(json.dumps(about, indent=1))
         if output is not None:
             picture = client.picture(about["key"])
-            try:
-                with output.open("xb") as file:
-                    file.write(picture)
-            except FileExistsError as error:
-                raise InputError(f"output: {output} exists, expected a file that does not") from error
+            with whole_file(output, mode=0o600) as file:
+                file.write(picture)
 
 
 @quarantine_app.command("label", epilog="Example: stripwire quarantine label trojaned 7f3a.0 7f3b.0")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detector.errors import DataError, InputError
-from samples.npz import DAMAGE, stored_array
+from samples.npz import DAMAGE, stored_array, write_arrays
 from samples.writing import whole_file
 
 FORMAT = 1
@@ -136,12 +136,8 @@ def write_canaries(path: Path, canaries: Canaries) -> None:
     fields = {name: getattr(canaries, name) for name in FIELDS if name != "format"}
     metadata = json.dumps({"format": FORMAT, **fields}).encode()
     with whole_file(path) as file:
-        np.savez_compressed(
-            file,
-            images=np.ascontiguousarray(canaries.images),
-            trojaned=canaries.trojaned,
-            metadata=np.frombuffer(metadata, np.uint8),
-        )
+        metadata_bytes = np.frombuffer(metadata, np.uint8)
+        write_arrays(file, {"images": canaries.images, "trojaned": canaries.trojaned, "metadata": metadata_bytes})
 
 
 def read_canaries(path: Path) -> Canaries:

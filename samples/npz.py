@@ -7,7 +7,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -78,10 +78,18 @@ def write_npz(path: Path, samples: Samples, *, mode: int = 0o644) -> None:
     Raises:
         InputError: it cannot be written there.
     """
-    arrays = {"images": samples.images, "labels": samples.labels}
+    arrays: dict[str, NDArray[Any]] = {"images": samples.images, "labels": samples.labels}
     arrays |= {name: numbers for name in ("true_labels", "groups") if (numbers := getattr(samples, name)) is not None}
     with whole_file(path, mode=mode) as file:
-        np.savez_compressed(file, **{name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        write_arrays(file, arrays)
+
+
+def write_arrays(file: IO[bytes], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays as `np.savez_compressed` does, which at a full disk leaves an archive that complains once more."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.save(member, np.ascontiguousarray(array), allow_pickle=False)
 
 
 def _names(path: Path, archive: zipfile.ZipFile) -> tuple[str, str]:
