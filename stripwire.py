@@ -161,9 +161,9 @@ def demo(
     networks: dict[str, NetworkResult | GuardedResult] = {
         "original": result.ours.original,
         "fine-pruned": result.published.repaired,
-        "  + STRIP*": result.published.guarded,
+        "+ STRIP*": result.published.guarded,
         "distilled": result.ours.repaired,
-        "  + consensus*": result.ours.guarded,
+        "+ consensus*": result.ours.guarded,
     }
     console.print(rates_table(_DEMO_TITLE, networks))
     warn(result.shortfall)
@@ -520,10 +520,12 @@ def serve(
     from deploy.embedded.server import EmbeddedTriton
     from deploy.embedded.tls import server_tls
     from exporter.publishing import locked
+    from model_repository.manifest import read_manifest
 
     if not repository.exists():
         with locked(repository):
             pass  # which brings back what a killed command was replacing
+    read_manifest(repository)  # a folder that is none is said before ports that are taken
     server = EmbeddedTriton(
         repository,
         mode=mode,
@@ -847,8 +849,10 @@ def canaries(
     manifest = None if repository is None else read_manifest(repository)
     active = None if manifest is None else manifest["versions"][manifest["active"]]
     with progress() as report:
-        shape = None if active is None else tuple(active["contract"]["image_shape"])
-        reader = InputReader(shape, None, resize=resize, on_progress=report)
+        shape, known = None, classes
+        if active is not None:
+            shape, known = tuple(active["contract"]["image_shape"]), active["contract"]["classes"]
+        reader = InputReader(shape, known, resize=resize, on_progress=report)
         clean_images = reader.read(clean).images
         trojaned_images = None if trojaned is None else reader.read(trojaned).images
     tell(reader.notes)
@@ -1215,6 +1219,7 @@ def rates_table(title: str, networks: Mapping[str, NetworkResult | GuardedResult
     table.add_column("", no_wrap=True)
     for heading in ("clean accuracy", "attack success", "recovered accuracy", "FAR", "FRR"):
         table.add_column(heading, justify="right")
+    unknown = False
     for name, network in networks.items():
         if isinstance(network, GuardedResult):
             rates = (
@@ -1226,8 +1231,12 @@ def rates_table(title: str, networks: Mapping[str, NetworkResult | GuardedResult
         else:
             rates = (network.clean_accuracy, network.attack_success, network.recovered_accuracy)
             detection = ["", ""]
-        table.add_row(name, *(figure(rate) for rate in rates), *detection)
-    table.caption = "* on the inputs that the guard accepts; -: not measured, or the true labels are unknown"
+        figures = [*(figure(rate) for rate in rates), *detection]
+        table.add_row(name, *figures)
+        unknown = unknown or "-" in figures
+    table.caption = "* on the inputs that the guard accepts"
+    if unknown:
+        table.caption += "; -: not measured, or the true labels are unknown"
     return table
 
 

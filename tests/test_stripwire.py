@@ -136,6 +136,8 @@ def test_canaries_without_a_repository_promise_nothing(
     assert "got neither it nor classes" in capsys.readouterr().err
     assert run(monkeypatch, "canaries", clean, "--output", output, "--classes", "12", "--repository", tmp_path) == 2
     assert "got classes as well" in capsys.readouterr().err
+    assert run(monkeypatch, "canaries", clean, "--output", output, "--classes", "11") == 2
+    assert "`label` reaches 11, expected 0 to 10, the network's 11 classes" in capsys.readouterr().err
     assert run(monkeypatch, "canaries", clean, "--output", output, "--classes", "12") == 0
     assert "without trojaned canaries nobody sees the FAR" in capsys.readouterr().err
     written = read_canaries(output)
@@ -229,7 +231,8 @@ def test_a_mistake_ends_in_one_message_and_no_traceback(
             *("calibrate", str(tmp_path), "--clean", str(text)),
             *("--threshold-bits", "0.2", "--target-frr", "0.1"),
         ): "target FRR: got 0.1 and a threshold of 0.2 bits, expected one of them",
-        ("serve", str(tmp_path), "--http-port", "70000"): "HTTP port: got 70000",
+        ("serve", str(tmp_path), "--http-port", "70000"): "has no manifest.json",
+        ("serve", str(tmp_path / "none"), "--grpc-port", "1"): f"{tmp_path / 'none'}: no such folder",
         ("reload", str(tmp_path), "--url", "dns:///triton:8001"): "url: dns:///triton:8001 may be several servers",
         ("monitor", "--canaries", str(text), "--url", "ipv4:127.0.0.1:1,127.0.0.1:2"): "may be several servers",
     }
@@ -295,6 +298,13 @@ def test_what_makes_no_sense_is_refused_before_tensorflow_is_loaded(
     assert refused.returncode == 2
     assert message in refused.stderr
     assert refused.stdout == "[]\n"
+
+
+def test_a_port_that_cannot_be_is_refused_once_there_is_a_repository(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], repository: Path
+) -> None:
+    assert run(monkeypatch, "serve", repository, "--http-port", "70000") == 2
+    assert "HTTP port: got 70000" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_a_command_with_status_130(

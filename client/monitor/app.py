@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from client.monitor.access import Access, answer
@@ -25,6 +25,15 @@ from detector.live_metrics import VERDICTS
 
 _MOST_BODY_BYTES = 4096
 _BODY_SECONDS = 10.0
+_INDEX = """stripwire monitor
+
+/metrics      for Prometheus
+/readyz       200 when the last canary got a verdict, and not long ago
+/livez        200 unless the server should be started anew
+/v1/feedback  takes feedback, and gives it back; asks for the feedback token
+"""
+_QUARANTINE_INDEX = """/quarantine   rejected inputs, for people; asks for the feedback token
+"""
 _FIELDS = ("request_id", "truth", "verdict")
 
 
@@ -51,8 +60,10 @@ class MonitorApp:
         self._record = record
         self._access = access
         self._registry = registry
+        self._index = _INDEX if quarantine is None else _INDEX + _QUARANTINE_INDEX
         self.asgi = Starlette(
             routes=[
+                Route("/", self._show_index),
                 Route("/metrics", self._show_metrics),
                 Route("/livez", self._live),
                 Route("/readyz", self._ready),
@@ -61,6 +72,9 @@ class MonitorApp:
                 *([] if quarantine is None else QuarantineRoutes(quarantine, access).routes),
             ]
         )
+
+    async def _show_index(self, _: Request) -> Response:
+        return PlainTextResponse(self._index)
 
     def _show_metrics(self, _: Request) -> Response:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)

@@ -124,6 +124,15 @@ def test_what_the_calibration_promised_is_shown_and_absent_where_it_promised_not
     assert ("stripwire_canaries_calibrated_timestamp_seconds", ()) not in found
 
 
+def test_the_first_page_tells_what_there_is(http: httpx.Client, record: FeedbackRecord, tmp_path: Path) -> None:
+    answer = http.get("/")
+    assert answer.headers["content-type"].startswith("text/plain")
+    paths = [line.split()[0] for line in answer.text.splitlines() if line.startswith("/")]
+    assert paths == ["/metrics", "/readyz", "/livez", "/v1/feedback"]
+    for with_quarantine in listening(record, TOKEN, QuarantineView(tmp_path, record)):
+        assert "\n/quarantine " in with_quarantine.get("/").text
+
+
 def test_without_a_canarys_verdict_it_is_live_and_not_ready(http: httpx.Client) -> None:
     ready, live = http.get("/readyz"), http.get("/livez")
     assert (ready.status_code, live.status_code) == (503, 200)
@@ -268,7 +277,7 @@ def test_what_cannot_be_recorded_is_not_acknowledged(http: httpx.Client, record:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"), [("GET", "/", 404), ("GET", "/v1/feedback", 405), ("POST", "/livez", 405)]
+    ("method", "path", "status"), [("GET", "/v1", 404), ("PUT", "/v1/feedback", 405), ("POST", "/livez", 405)]
 )
 def test_nothing_else_is_answered(http: httpx.Client, method: str, path: str, status: int) -> None:
     assert http.request(method, path).status_code == status
