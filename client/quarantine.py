@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from client.connection import is_loopback
-from detector.errors import AccessDeniedError, InputError, RequestRejectedError, ServerError, ServerUnavailableError
+from client.monitor_client import MonitorClient
+from detector.errors import InputError, ServerError
 
-_TIMEOUT_SECONDS = 30.0
 _PAGE = 1000  # the most inputs that a monitor tells at once
 
 
@@ -37,46 +33,10 @@ class Evidence:
     notes: tuple[str, ...]
 
 
-class QuarantineClient:
-    """The quarantine behind one monitor.
+class QuarantineClient(MonitorClient):
+    """The quarantine behind one monitor; see `MonitorClient`."""
 
-    Args:
-        url: of the monitor, such as http://127.0.0.1:8003; https to another machine.
-        token: the monitor's feedback token.
-
-    Raises:
-        InputError: the URL cannot be used, there is no token, or it would travel in plaintext to another machine.
-    """
-
-    def __init__(self, url: str, token: str | None) -> None:
-        try:
-            address = httpx.URL(url)
-        except httpx.InvalidURL:
-            address = httpx.URL()
-        if address.scheme not in ("http", "https") or not address.host:
-            raise InputError(f"monitor: got {url!r}, expected a URL such as http://127.0.0.1:8003")
-        if not token:
-            raise InputError("feedback token: got none, expected the monitor's (STRIPWIRE_FEEDBACK_TOKEN)")
-        if not re.fullmatch(r"[!-~]+", token):
-            raise InputError("feedback token: expected printable ASCII characters without blanks")
-        local = is_loopback(address.host)
-        if address.scheme == "http" and not local:
-            raise InputError(
-                f"monitor: {url} is another machine and the connection is not encrypted, so anybody on the way could "
-                "read token and images; use https, or forward the port to this machine"
-            )
-        self._url = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {token}"}
-        # A proxy that the environment names would be another machine.
-        self._http = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=not local)
-
-    def __enter__(self) -> QuarantineClient:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._http.close()
+    absent = "was it started with --quarantine?"
 
     def listing(self, *, limit: int = 1000, labelled: bool = True) -> dict[str, Any]:
         """Return the newest inputs, and how many there are; see `client.monitor.quarantine.QuarantineView.listing`.
@@ -88,7 +48,7 @@ class QuarantineClient:
         Raises:
             InputError, ServerError: no usable answer.
         """
-        return self._json("GET", "/v1/quarantine", params={"limit": limit, "labelled": str(labelled).lower()})
+        return self.json("GET", "/v1/quarantine", params={"limit": limit, "labelled": str(labelled).lower()})
 
     def marked(self, truth: str) -> list[dict[str, Any]]:
         """Return what is known of all inputs of which somebody has said that they were `clean`, or `trojaned`.
@@ -99,7 +59,7 @@ class QuarantineClient:
         found: list[dict[str, Any]] = []
         asked: dict[str, Any] = {"truth": truth, "limit": _PAGE}
         while True:
-            page = self._json("GET", "/v1/quarantine", params=asked)["inputs"]
+            page = self.json("GET", "/v1/quarantine", params=asked)["inputs"]
             found += page
             if len(page) < _PAGE:
                 return found
@@ -120,7 +80,7 @@ class QuarantineClient:
 
     def picture(self, key: str) -> bytes:
         """Return the image of an input as PNG; raises as `listing` does."""
-        return self._ask("GET", f"/v1/quarantine/{quote(key, safe='')}.png").content
+        return self.ask("GET", f"/v1/quarantine/{quote(key, safe='')}.png").content
 
     def image(self, key: str) -> NDArray[np.uint8] | None:
         """Return the image of an input, (height, width, channels), uint8; None where it is there no more.
@@ -128,16 +88,16 @@ class QuarantineClient:
         Raises:
             InputError, ServerError: no usable answer.
         """
-        answer = self._ask("GET", f"/v1/quarantine/{quote(key, safe='')}.npy", absent_is_fine=True)
+        answer = self.ask("GET", f"/v1/quarantine/{quote(key, safe='')}.npy", fine=(404,))
         if answer.status_code == 404:
             return None
         try:
             image: NDArray[np.uint8] = np.load(io.BytesIO(answer.content), allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ServerError(f"monitor: {self._url} gives no image of {key} ({error})") from error
+            raise ServerError(f"monitor: {self.url} gives no image of {key} ({error})") from error
         if image.dtype != np.uint8 or image.ndim != 3:
             raise ServerError(
-                f"monitor: {self._url} gives {image.dtype} of shape {image.shape} as the image of {key}, expected "
+                f"monitor: {self.url} gives {image.dtype} of shape {image.shape} as the image of {key}, expected "
                 "uint8 of shape (height, width, channels)"
             )
         return image
@@ -209,7 +169,7 @@ class QuarantineClient:
             ServerError: it was not recorded.
         """
         feedback = {"request_id": key, "truth": truth, "verdict": "rejected"}
-        return self._ask("POST", "/v1/feedback", json=feedback).status_code == 201
+        return self.ask("POST", "/v1/feedback", json=feedback).status_code == 201
 
     def remove(self, request_id: str) -> int:
         """Remove the inputs of a name for good; return how many there were. What was recorded of them stays.
@@ -221,11 +181,11 @@ class QuarantineClient:
         found = self.named(request_id)
         for about in found:
             # Where it has gone meanwhile, what was wanted holds.
-            self._ask("DELETE", f"/v1/quarantine/{quote(about['key'], safe='')}", absent_is_fine=True)
+            self.ask("DELETE", f"/v1/quarantine/{quote(about['key'], safe='')}", fine=(404,))
         return len(found)
 
     def _named(self, request_id: str, limit: int) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._json(
+        found: list[dict[str, Any]] = self.json(
             "GET", "/v1/quarantine", params={"request_id": request_id, "limit": limit}
         )["inputs"]
         if not found:
@@ -234,38 +194,3 @@ class QuarantineClient:
                 "quarantine list --all` shows those that are"
             )
         return found
-
-    def _json(self, method: str, path: str, **given: Any) -> dict[str, Any]:
-        answer = self._ask(method, path, **given)
-        try:
-            found: dict[str, Any] = answer.json()
-        except ValueError as error:
-            raise ServerError(f"monitor: {self._url} is no monitor of ours: it answers no JSON") from error
-        return found
-
-    def _ask(self, method: str, path: str, *, absent_is_fine: bool = False, **given: Any) -> httpx.Response:
-        try:
-            answer = self._http.request(method, path, **given)
-        except httpx.HTTPError as error:
-            raise ServerUnavailableError(
-                f"monitor: {self._url} does not answer ({error}); is this where `stripwire monitor` listens?"
-            ) from error
-        if answer.is_success or (absent_is_fine and answer.status_code == 404):
-            return answer
-        said = _error_in(answer)
-        if answer.status_code in (401, 403):
-            raise AccessDeniedError(f"monitor: {said} (STRIPWIRE_FEEDBACK_TOKEN)")
-        if answer.status_code == 404:
-            raise ServerError(f"monitor: {said}; was it started with --quarantine?")
-        if answer.status_code == 409:
-            raise InputError(f"monitor: {said}")
-        if answer.status_code == 422:
-            raise RequestRejectedError(f"monitor: {said}")
-        raise ServerError(f"monitor: {said}")
-
-
-def _error_in(answer: httpx.Response) -> str:
-    try:
-        return str(answer.json()["error"])
-    except (ValueError, KeyError, TypeError):
-        return f"{answer.url.path} was answered with status {answer.status_code}"

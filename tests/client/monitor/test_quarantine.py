@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +29,7 @@ from deploy.embedded.server import EmbeddedTriton
 from detector.errors import AccessDeniedError, InputError, RecordError, ServerError
 from detector.quarantine import FOLDER_VARIABLE, Quarantine, Rejected, quarantined, request_id_of
 from samples.readers import read_samples
-from tests.client.monitor.conftest import CLASSES, ROOT, SHAPE, TOKEN, Monitor, TextPage, monitoring, serving
+from tests.client.monitor.conftest import CLASSES, ROOT, SHAPE, TOKEN, Monitor, TextPage, monitoring, serving, stripwire
 from tests.conftest import skip_or_fail, wait_for
 from tests.test_live_metrics import scraped, series
 
@@ -119,19 +117,9 @@ def test_what_was_rejected_is_listed_shown_and_labelled(watched: Watched) -> Non
     wait_for(lambda: scraped(watched.server)[series("quarantine_kept_total")] == 6)
 
 
-def stripwire(of: Watched | Monitor, *arguments: str, columns: int = 160) -> subprocess.CompletedProcess[str]:
-    monitor = of if isinstance(of, Monitor) else of.monitor
-    environment = os.environ | {
-        "STRIPWIRE_MONITOR": str(monitor.http.base_url),
-        "STRIPWIRE_FEEDBACK_TOKEN": TOKEN,
-        "COLUMNS": str(columns),
-    }
-    command = [sys.executable, "-m", "stripwire", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-
-
 def run(of: Watched | Monitor, *arguments: str, columns: int = 160) -> subprocess.CompletedProcess[str]:
-    return stripwire(of, "quarantine", *arguments, columns=columns)
+    monitor = of if isinstance(of, Monitor) else of.monitor
+    return stripwire(monitor, "quarantine", *arguments, columns=columns)
 
 
 @pytest.mark.parametrize("watched", ["fused"], indirect=True)
@@ -194,10 +182,10 @@ def test_what_people_marked_is_saved_as_data_that_the_other_commands_read(watche
     assert read_samples(Path(clean)).samples.labels.tolist() == [answered[2].argmax()]
 
     files = ("--clean", clean, "--trojaned", trojaned)
-    evaluated = stripwire(watched, "evaluate", *files, "--url", watched.server.grpc_address, "--json")
+    evaluated = stripwire(watched.monitor, "evaluate", *files, "--url", watched.server.grpc_address, "--json")
     assert json.loads(evaluated.stdout)["guarded"]["false_acceptance"]["count"] == 2
     options = ("--classes", str(CLASSES), "--output", str(tmp_path / "chosen.npz"))
-    assert "1 clean and 2 trojaned canaries" in stripwire(watched, "canaries", clean, trojaned, *options).stdout
+    assert "1 clean and 2 trojaned canaries" in stripwire(watched.monitor, "canaries", clean, trojaned, *options).stdout
 
 
 def kept(folder: Path, *images: NDArray[np.uint8]) -> None:
