@@ -44,6 +44,8 @@ from samples.hdf5 import read_hdf5
 COMMANDS = (
     *("demo", "train-badnet", "train-badnet-on", "export", "verify", "serve"),
     *("calibrate", "rollback", "reload", "classify", "evaluate", "canaries", "monitor"),
+    *("quarantine list", "quarantine show", "quarantine label", "quarantine save", "quarantine remove"),
+    *("feedback save", "feedback load"),
 )
 
 
@@ -61,7 +63,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
 def test_every_command_has_help_with_an_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    assert run(monkeypatch, command, "--help") == 0
+    assert run(monkeypatch, *command.split(), "--help") == 0
     assert f"Example: stripwire {command}" in capsys.readouterr().out
 
 
