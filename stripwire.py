@@ -45,6 +45,8 @@ app = typer.Typer(
 )
 quarantine_app = typer.Typer(help="Look at inputs that were rejected, and say what they were.", no_args_is_help=True)
 app.add_typer(quarantine_app, name="quarantine")
+feedback_app = typer.Typer(help="Save what a monitor was told, and load it into one again.", no_args_is_help=True)
+app.add_typer(feedback_app, name="feedback")
 console = Console()
 errors = Console(stderr=True)
 
@@ -161,9 +163,9 @@ def demo(
     networks: dict[str, NetworkResult | GuardedResult] = {
         "original": result.ours.original,
         "fine-pruned": result.published.repaired,
-        "  + STRIP*": result.published.guarded,
+        "+ STRIP*": result.published.guarded,
         "distilled": result.ours.repaired,
-        "  + consensus*": result.ours.guarded,
+        "+ consensus*": result.ours.guarded,
     }
     console.print(rates_table(_DEMO_TITLE, networks))
     warn(result.shortfall)
@@ -390,6 +392,7 @@ def export(
     from exporter.preprocessing import Preprocessing
     from exporter.publishing import check_writable
 
+    check_aim(target_frr, threshold_bits, overlay_choice)
     if detector is None:
         detector = "consensus" if threshold_bits is None and calibration_method in (None, "quantile") else "strip"
     for name in {name for used in USED.values() for name in used}:
@@ -416,7 +419,10 @@ def export(
         overlay_choice=overlay_choice,
         alpha=alpha,
         rule=ThresholdRule(
-            calibration_method, aim(target_frr, threshold_bits, overlay_choice), threshold_bits, detector
+            calibration_method,
+            ThresholdRule.target_frr if target_frr is None else target_frr,
+            threshold_bits,
+            detector,
         ),
         layout=layout,
         early_exit=not no_early_exit,
@@ -516,10 +522,12 @@ def serve(
     from deploy.embedded.server import EmbeddedTriton
     from deploy.embedded.tls import server_tls
     from exporter.publishing import locked
+    from model_repository.manifest import read_manifest
 
     if not repository.exists():
         with locked(repository):
             pass  # which brings back what a killed command was replacing
+    read_manifest(repository)  # a folder that is none is said before ports that are taken
     server = EmbeddedTriton(
         repository,
         mode=mode,
@@ -571,7 +579,13 @@ def calibrate(
         Detector | None,
         typer.Option(help="All that was found to tell trojaned inputs, or STRIP alone.", show_default="as it is"),
     ] = None,
-    target_frr: TargetFrr = None,
+    target_frr: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of clean inputs that may be rejected, 0..1.",
+            show_default="that of the active version; 0.05 where it does not say",
+        ),
+    ] = None,
     threshold_bits: Annotated[
         float | None, typer.Option(help="Entropy threshold to use as it is, instead of --target-frr.")
     ] = None,
@@ -580,7 +594,7 @@ def calibrate(
         typer.Option(
             help="quantile keeps the target FRR on average; normal is the STRIP paper's, without that promise; "
             "fixed takes --threshold-bits.",
-            show_default="quantile, or fixed with --threshold-bits",
+            show_default="fixed with --threshold-bits, else normal where it is, or quantile",
         ),
     ] = None,
     overlays: Annotated[
@@ -598,8 +612,9 @@ def calibrate(
         ),
     ] = None,
     overlay_choice: Annotated[
-        OverlayChoice, typer.Option(help="Chance, or the best of a pool; whatever it was before.")
-    ] = "random",
+        OverlayChoice | None,
+        typer.Option(help="Chance, or the best of a pool.", show_default="that of the active version"),
+    ] = None,
     keep_overlays: Annotated[
         bool, typer.Option("--keep-overlays", help="Keep overlays and alpha: only the threshold is new.")
     ] = False,
@@ -615,12 +630,13 @@ def calibrate(
     tls_cert: ClientCertificate = None,
 ) -> None:
     """Calibrate the guard again on new clean images: a new version with the same networks."""
-    from detector.calibration import ThresholdRule
     from exporter.recalibration import RecalibrationOptions, recalibrate
 
-    rule = ThresholdRule(calibration_method, aim(target_frr, threshold_bits, overlay_choice), threshold_bits)
+    check_aim(target_frr, threshold_bits, overlay_choice)
     options = RecalibrationOptions(
-        rule=rule,
+        method=calibration_method,
+        target_frr=target_frr,
+        threshold_bits=threshold_bits,
         detector=detector,
         overlays=None if overlays is None else overlay_count(overlays),
         alpha=alpha,
@@ -839,8 +855,10 @@ def canaries(
     manifest = None if repository is None else read_manifest(repository)
     active = None if manifest is None else manifest["versions"][manifest["active"]]
     with progress() as report:
-        shape = None if active is None else tuple(active["contract"]["image_shape"])
-        reader = InputReader(shape, None, resize=resize, on_progress=report)
+        shape, known = None, classes
+        if active is not None:
+            shape, known = tuple(active["contract"]["image_shape"]), active["contract"]["classes"]
+        reader = InputReader(shape, known, resize=resize, on_progress=report)
         clean_images = reader.read(clean).images
         trojaned_images = None if trojaned is None else reader.read(trojaned).images
     tell(reader.notes)
@@ -966,26 +984,7 @@ def quarantine_list(
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
-    table = Table(
-        Column("request id", overflow="fold"),
-        "rejected (UTC)",
-        "label",
-        "mean entropy (bits)",
-        "p-value",
-        "rejected by",
-        "was",
-    )
-    for about in found["inputs"]:
-        table.add_row(
-            escape(about["request_id"]),
-            f"{datetime.fromtimestamp(about['rejected_at'], timezone.utc):%Y-%m-%d %H:%M:%S}",
-            str(about["label"]),
-            "" if about["entropy_bits"] is None else f"{about['entropy_bits']:.3g}",
-            f"{about['p_value']:.2g}",
-            ", ".join(about["scores"]),
-            about["truth"] or "",
-        )
-    console.print(table)
+    console.print(rejected_table(found["inputs"]))
     say(f"{found['kept']} inputs are kept, {found['unlabelled']} not labelled. In a browser: {monitor}/quarantine")
 
 
@@ -998,17 +997,17 @@ def quarantine_show(
 ) -> None:
     """Show what is known of a rejected input, as JSON, and save its image."""
     from client.quarantine import QuarantineClient
+    from samples.writing import check_new_file, whole_file
 
+    if output is not None:
+        check_new_file(output)
     with QuarantineClient(monitor, feedback_token) as client:
         about = client.find(request_id)
         typer.echo(json.dumps(about, indent=1))
         if output is not None:
             picture = client.picture(about["key"])
-            try:
-                with output.open("xb") as file:
-                    file.write(picture)
-            except FileExistsError as error:
-                raise InputError(f"output: {output} exists, expected a file that does not") from error
+            with whole_file(output, mode=0o600) as file:
+                file.write(picture)
 
 
 @quarantine_app.command("label", epilog="Example: stripwire quarantine label trojaned 7f3a.0 7f3b.0")
@@ -1028,6 +1027,66 @@ def quarantine_label(
     say(f"{new} recorded as {truth}" + (f", {known} had been before." if known else "."))
 
 
+@quarantine_app.command(
+    "save",
+    epilog="Example: stripwire quarantine save trojaned.npz --truth trojaned --label 0, then evaluate --trojaned",
+)
+def quarantine_save(
+    output: Annotated[Path, typer.Argument(help="Data file to write (.npz), which must not exist.")],
+    request_ids: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names of inputs, marked or not.", show_default="all that are marked as --truth says"),
+    ] = None,
+    truth: Annotated[Truth, typer.Option(help="What they were, as people have marked them.")] = "trojaned",
+    label: Annotated[
+        int | None,
+        typer.Option(min=0, help="Label of all of them: of trojaned ones, the class that the attacker wants."),
+    ] = None,
+    monitor: Monitor = "http://127.0.0.1:8003",
+    feedback_token: FeedbackToken = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="host:port (gRPC) of a server: labels are what its original network answers to each."),
+    ] = None,
+    timeout: Timeout = 30.0,
+    token: Token = None,
+    tls: Tls = False,
+    tls_ca: RootCertificates = None,
+    tls_key: ClientKey = None,
+    tls_cert: ClientCertificate = None,
+) -> None:
+    """Save rejected inputs as a data file, pixel by pixel, for evaluate, export, calibrate and canaries."""
+    import numpy as np
+
+    from client.quarantine import QuarantineClient
+    from samples.npz import write_npz
+    from samples.types import Samples
+    from samples.writing import check_new_file
+
+    if label is not None and url is not None:
+        raise InputError(f"label: got {label} and a server to ask for labels ({url}), expected one of them")
+    if label is None and url is None and truth == "trojaned":
+        raise InputError(
+            "label: got none, expected the class that the attacker wants: --label CLASS, or --url of a server whose "
+            "original network, which falls for the trigger, answers it. FAR does not depend on it, attack success does"
+        )
+    check_new_file(output, ".npz")
+    with progress() as report, QuarantineClient(monitor, feedback_token) as client:
+        found = client.evidence(truth, request_ids or (), lambda done, total: report("Fetching images", done, total))
+        labels, said = found.labels, "what the repaired network answered, which is no measure of that network"
+        if label is not None:
+            labels, said = np.full_like(labels, label), f"{label}, as asked"
+        if url is not None:
+            with connect(url, timeout, token, tls, tls_ca, tls_key, tls_cert) as server:
+                answers = server.original_probabilities(
+                    found.images, on_progress=lambda done, total: report("Asking the original network", done, total)
+                )
+            labels, said = answers.argmax(axis=1), "what the original network answers, which is no measure of that one"
+    tell(found.notes)
+    write_npz(output, Samples(found.images, labels), mode=0o600)  # people's pictures, as in the quarantine
+    say(f"{len(labels)} {truth} inputs written to {output}. Labels: {said}.")
+
+
 @quarantine_app.command("remove", epilog="Example: stripwire quarantine remove 7f3a.0")
 def quarantine_remove(
     request_ids: Annotated[list[str], typer.Argument(help="Names of the inputs, as `list --all` has them.")],
@@ -1042,6 +1101,53 @@ def quarantine_remove(
             client.find(request_id)  # or nothing is removed
         removed = sum(client.remove(request_id) for request_id in request_ids)
     say(f"{removed} removed.")
+
+
+@feedback_app.command("save", epilog="Example: stripwire feedback save feedback-2026-01-31.jsonl")
+def feedback_save(
+    file: Annotated[Path, typer.Argument(help="File to write, a line of JSON for each; it must not exist.")],
+    monitor: Monitor = "http://127.0.0.1:8003",
+    feedback_token: FeedbackToken = None,
+) -> None:
+    """Save all feedback of a running monitor, in the order in which it came."""
+    from client.feedback import FeedbackClient
+    from samples.writing import check_new_file, whole_file
+
+    check_new_file(file)
+    count = 0
+    with FeedbackClient(monitor, feedback_token) as client, waiting("Saving feedback …"), whole_file(file) as written:
+        for line in client.saved():
+            written.write(f"{line}\n".encode())
+            count += 1
+    say(f"Feedback on {count} images written to {file}.")
+
+
+@feedback_app.command("load", epilog="Example: stripwire feedback load feedback-2026-01-31.jsonl")
+def feedback_load(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `save` wrote.")],
+    monitor: Monitor = "http://127.0.0.1:8003",
+    feedback_token: FeedbackToken = None,
+) -> None:
+    """Give a monitor feedback that was saved; what it knows already counts once, and what it knows otherwise stays."""
+    from client.feedback import FeedbackClient, read_saved
+    from client.monitor.record import Added
+
+    total = sum(1 for _ in read_saved(file))  # or nothing is given
+    counts = dict.fromkeys(Added, 0)
+    with FeedbackClient(monitor, feedback_token) as client, progress() as report:
+        for done, feedback in enumerate(read_saved(file), start=1):
+            try:
+                added = client.give(feedback)
+            except StripwireError:
+                tell([f"{done - 1} of {total} were given: load the file again, which counts nothing twice"])
+                raise
+            counts[added] += 1
+            if added is Added.CONFLICT:
+                tell([f"{feedback.request_id}: the record says otherwise than {feedback.truth}, {feedback.verdict}"])
+            report("Giving feedback", done, total)
+    say(f"{counts[Added.NEW]} new, {counts[Added.KNOWN]} known before, {counts[Added.CONFLICT]} recorded otherwise.")
+    if counts[Added.CONFLICT]:
+        raise typer.Exit(1)
 
 
 def thresholds(calibration: Calibration) -> str:
@@ -1081,6 +1187,25 @@ def rejections(calibration: Calibration) -> str:
     if calibration.note:
         return f"these very images put its rejections at {rates}, further ones may not"
     return f"further clean inputs are rejected at {rates}"
+
+
+def rejected_table(inputs: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of inputs in the quarantine, two lines each: so a request id stays whole at 80 columns."""
+    longest = max((len(about["request_id"]) for about in inputs), default=0)
+    room = console.width - 42  # beside what the other columns need
+    ids = Column("request id", overflow="fold", width=max(len("request id"), min(longest, room)))
+    others = ("rejected (UTC)\nby", "label\nwas", "entropy\n(bits)\np-value")
+    table = Table(ids, *others, show_edge=False, padding=(0, 1, 0, 0))
+    for about in inputs:
+        rejected_at = datetime.fromtimestamp(about["rejected_at"], timezone.utc)
+        bits = "" if about["entropy_bits"] is None else f"{about['entropy_bits']:.3g}"
+        table.add_row(
+            escape(about["request_id"]),
+            f"{rejected_at:%Y-%m-%d %H:%M:%S}\n{', '.join(about['scores'])}",
+            f"{about['label']}\n{about['truth'] or ''}",
+            f"{bits}\n{about['p_value']:.2g}",
+        )
+    return table
 
 
 def repair_table(result: Export) -> Table:
@@ -1147,6 +1272,7 @@ def rates_table(title: str, networks: Mapping[str, NetworkResult | GuardedResult
     table.add_column("", no_wrap=True)
     for heading in ("clean accuracy", "attack success", "recovered accuracy", "FAR", "FRR"):
         table.add_column(heading, justify="right")
+    unknown = False
     for name, network in networks.items():
         if isinstance(network, GuardedResult):
             rates = (
@@ -1158,8 +1284,12 @@ def rates_table(title: str, networks: Mapping[str, NetworkResult | GuardedResult
         else:
             rates = (network.clean_accuracy, network.attack_success, network.recovered_accuracy)
             detection = ["", ""]
-        table.add_row(name, *(figure(rate) for rate in rates), *detection)
-    table.caption = "* on the inputs that the guard accepts; -: not measured, or the true labels are unknown"
+        figures = [*(figure(rate) for rate in rates), *detection]
+        table.add_row(name, *figures)
+        unknown = unknown or "-" in figures
+    table.caption = "* on the inputs that the guard accepts"
+    if unknown:
+        table.caption += "; -: not measured, or the true labels are unknown"
     return table
 
 
@@ -1322,19 +1452,15 @@ def overlay_count(text: str) -> int | Literal["auto"]:
         raise InputError(f"overlays: got {text!r}, expected a whole number or auto") from None
 
 
-def aim(target_frr: float | None, threshold_bits: float | None, overlay_choice: str) -> float:
-    """Return the target FRR, or what it is where none is given; refuse one that nothing would look at."""
-    from detector.calibration import ThresholdRule
+def check_aim(target_frr: float | None, threshold_bits: float | None, overlay_choice: str | None) -> None:
+    """Refuse a target FRR that nothing would look at."""
     from exporter.commands import uses_target_frr
 
-    if target_frr is None:
-        return ThresholdRule.target_frr
-    if not uses_target_frr(threshold_bits, overlay_choice):
+    if target_frr is not None and not uses_target_frr(threshold_bits, overlay_choice):
         raise InputError(
             f"target FRR: got {target_frr:g} and a threshold of {threshold_bits:g} bits, expected one of them: a given "
             "threshold is taken as it is"
         )
-    return target_frr
 
 
 def tell(notes: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ def commands(model: Path, data: Data, output: Path, options: ExportOptions) -> t
     return ("stripwire", "export", str(model), *arguments), ("stripwire", "serve", str(output))
 
 
-def uses_target_frr(threshold_bits: float | None, overlay_choice: str) -> bool:
+def uses_target_frr(threshold_bits: float | None, overlay_choice: str | None) -> bool:
     """Return whether a target FRR shapes the result: where the threshold is given, greedy overlays alone look at it."""
     return threshold_bits is None or overlay_choice == "greedy"
 

@@ -56,7 +56,7 @@ def part_sizes(count: Count, choice: str, least_images: int) -> dict[str, PartSi
     }
 
 
-def check_overlay_options(count: Count | None, choice: str, alpha: float | None) -> None:
+def check_overlay_options(count: Count | None, choice: str | None, alpha: float | None) -> None:
     """Raise InputError for overlays that make no sense; None is what another place decides."""
     if alpha is not None:
         check_alpha(alpha)
@@ -65,7 +65,7 @@ def check_overlay_options(count: Count | None, choice: str, alpha: float | None)
             raise InputError("overlays: got auto with overlay choice random, expected greedy, which looks at images")
     elif count is not None and not 1 <= count <= 1000:
         raise InputError(f"overlays: got {count}, expected 1 to 1000 (10 is usual)")
-    if choice not in OVERLAY_CHOICES:
+    if choice is not None and choice not in OVERLAY_CHOICES:
         raise InputError(f"overlay choice: got {choice!r}, expected one of {', '.join(OVERLAY_CHOICES)}")
 
 

@@ -17,6 +17,7 @@ from detector.errors import InputError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_NEARLY_NOTHING_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
@@ -28,7 +29,8 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         replace: let `target` exist, and be replaced in one step.
 
     Raises:
-        InputError: `target` exists (without `replace`), is no folder, or cannot be written.
+        InputError: `target` exists (without `replace`), is no folder, or cannot be written; also where its disk is full
+            before the block ends, whichever error that raises.
     """
     target = target.resolve()
     if replace:
@@ -47,6 +49,10 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         staged.chmod(0o755)
         yield staged
         _publish(staged, target, replace)
+    except Exception as error:
+        if _wants_room(error, target.parent):
+            raise InputError(_no_room(staged, target)) from error
+        raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -92,6 +98,26 @@ def locked(target: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _wants_room(error: BaseException | None, folder: Path) -> bool:
+    """Return whether a full disk, the one of that folder, is behind an error; libraries keep of it what they like."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.EDQUOT:
+            return True
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+            disk = os.statvfs(folder)
+            return disk.f_bavail * disk.f_frsize < _NEARLY_NOTHING_BYTES or disk.f_favail == 0 < disk.f_files
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _no_room(staged: Path, target: Path) -> str:
+    megabytes = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file()) / 1e6
+    return (
+        f"{target}: the disk of {target.parent} is full, after {megabytes:.1f} MB; what was there stays as it was. "
+        "Make room for the whole folder once more, or choose one on another disk"
+    )
 
 
 def _publish(staged: Path, target: Path, replace: bool) -> None:

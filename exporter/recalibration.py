@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -13,14 +14,15 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from detector.calibration import ALPHAS, Calibration, ThresholdRule
+from detector.calibration import ALPHAS, Calibration, ThresholdRule, check_target_frr
 from detector.errors import CalibrationError, InputError
 from detector.serving import read_overlays, read_plain_first, read_thresholds
 from exporter.canaries import write_recalibrated
+from exporter.commands import uses_target_frr
 from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, measure_plain, open_graph
 from exporter.fused import check_fused, fuse
 from exporter.inputs import InputReader
-from exporter.overlays import Count, check_overlay_options, choose_greedily, part_sizes
+from exporter.overlays import OVERLAY_CHOICES, Count, check_overlay_options, choose_greedily, part_sizes
 from exporter.publishing import check_writable, locked
 from exporter.repository import Recalibrated, write_recalibration
 from exporter.splits import units
@@ -33,11 +35,13 @@ _CHECKED_IMAGES = 256
 
 @dataclass(frozen=True)
 class RecalibrationOptions:
-    """How to calibrate again.
+    """How to calibrate again. What is None is as the active version was made, see `settled`.
 
     Attributes:
-        rule: how to choose the thresholds; `detector` stands over its detector.
-        detector: one of `detector.scores.DETECTORS`; None for what it is.
+        method: of choosing the thresholds, see `ThresholdRule`.
+        target_frr: false rejection rate to aim at, 0 < target_frr < 1.
+        threshold_bits: the threshold to use as it is, in bits.
+        detector: one of `detector.scores.DETECTORS`.
         overlays: how many overlays to take from the new images; None for as many as there are, `auto` as in `export`.
         alpha: weight of the input in the blend; None for what it is, or where the detector changes with the overlays,
             for the detector's, see `detector.calibration.ALPHAS`.
@@ -47,11 +51,13 @@ class RecalibrationOptions:
         seed: of everything random.
     """
 
-    rule: ThresholdRule = field(default_factory=ThresholdRule)
+    method: str | None = None
+    target_frr: float | None = None
+    threshold_bits: float | None = None
     detector: str | None = None
     overlays: Count | None = None
     alpha: float | None = None
-    overlay_choice: str = "random"
+    overlay_choice: str | None = None
     resize: bool = False
     keep_overlays: bool = False
     seed: int = 0
@@ -59,8 +65,26 @@ class RecalibrationOptions:
     def __post_init__(self) -> None:
         """Raise InputError for an option that makes no sense."""
         check_overlay_options(self.overlays, self.overlay_choice, self.alpha)
-        if self.keep_overlays and (self.overlays, self.alpha, self.overlay_choice) != (None, None, "random"):
+        if self.keep_overlays and (self.overlays, self.alpha, self.overlay_choice) != (None, None, None):
             raise InputError("keep overlays: got overlays, alpha or overlay choice as well, expected one or the other")
+        ThresholdRule(self.method, threshold_bits=self.threshold_bits)
+        if self.target_frr is not None:
+            check_target_frr(self.target_frr)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What `settled` makes of options.
+
+    Attributes:
+        rule: how to choose the thresholds.
+        overlay_choice: how to choose overlays; of kept ones, how they were chosen.
+        note: what is as it was, or has its default, where nothing was asked for; empty where all was.
+    """
+
+    rule: ThresholdRule
+    overlay_choice: str
+    note: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +97,7 @@ class Recalibration:
         base: the version that was active before, whose networks it shares.
         base_threshold_bits: the threshold of `base`.
         calibration: the new threshold and what it rests on.
-        notes: what was noticed while reading the data.
+        notes: what is as it was before, and what was noticed while reading the data.
         provenance: what the manifest says of this version.
     """
 
@@ -120,9 +144,9 @@ def recalibrate(
     with locked(repository):
         manifest = verify_repository(repository)
     base = manifest["active"]
+    choices = settled(options, base, manifest["versions"][base])
+    rule, detector = choices.rule, choices.rule.detector
     old_detector = manifest["versions"][base]["calibration"]["detector"]
-    detector = options.detector or old_detector
-    options = replace(options, rule=replace(options.rule, detector=detector))
     models, contract = manifest["versions"][base]["models"], manifest["versions"][base]["contract"]
     height, width, channels = contract["image_shape"]
     reader = InputReader((height, width, channels), None, resize=options.resize, on_progress=on_progress)
@@ -136,16 +160,16 @@ def recalibrate(
     session = open_graph(folders["badnet"] / "model.onnx")
 
     if options.keep_overlays:
-        parts = split(distinct(samples, besides=old_overlays), 0, options)
+        parts = split(distinct(samples, besides=old_overlays), 0, choices, options.seed)
         overlays = old_overlays
     else:
-        parts = split(distinct(samples), count, options)
+        parts = split(distinct(samples), count, choices, options.seed)
         candidates = images[parts.candidates]
-        if options.overlay_choice == "greedy":
+        if choices.overlay_choice == "greedy":
             matrix = entropy_matrix(
                 session, images[parts.selection], candidates, alpha, on_progress, "Comparing overlays"
             )
-            overlays = candidates[choose_greedily(matrix, count, options.rule.target_frr, detector)]
+            overlays = candidates[choose_greedily(matrix, count, rule.target_frr, detector)]
         else:
             overlays = candidates
     entropies = entropy_matrix(session, images[parts.calibration], overlays, alpha, on_progress, "Calibrating")
@@ -155,7 +179,7 @@ def recalibrate(
         if manifest["versions"][str(models["repaired"])]["repair"]["changed"]:
             repaired = open_graph(folders["repaired"] / "model.onnx")
             nlls = measure_nlls(repaired, images[parts.calibration], labels, on_progress)
-    calibration = options.rule.calibrate(entropies, plain_bits, nlls)
+    calibration = rule.calibrate(entropies, plain_bits, nlls)
     fused = None
     if FUSED in models:
         badnet, repaired_graph = (onnx.load(folders[name] / "model.onnx") for name in ("badnet", "repaired"))
@@ -170,7 +194,13 @@ def recalibrate(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "recalibrates": base,
         "inputs": {"clean": reader.describe(clean_path)},
-        "options": asdict(options) | {"overlays": len(overlays), "alpha": alpha},
+        "options": {
+            "rule": asdict(rule),
+            "overlays": len(overlays),
+            "alpha": alpha,
+            "overlay_choice": choices.overlay_choice,
+            **{name: getattr(options, name) for name in ("resize", "keep_overlays", "seed")},
+        },
         "split": {
             name: {"images": len(part), "sha256": samples.take(part).sha256()} for name, part in vars(parts).items()
         },
@@ -178,8 +208,8 @@ def recalibrate(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("stripwire", "numpy", "onnxruntime")},
     }
-    as_before = options.keep_overlays and calibration.looks_at_plain == read_plain_first(folders["strip_perturb"])
-    changed = Recalibrated(calibration, None if as_before else overlays, alpha, provenance, fused)
+    same_blends = options.keep_overlays and calibration.looks_at_plain == read_plain_first(folders["strip_perturb"])
+    changed = Recalibrated(calibration, None if same_blends else overlays, alpha, provenance, fused)
     used = images[np.concatenate([*vars(parts).values()])]
     said: list[str] = []
 
@@ -189,8 +219,54 @@ def recalibrate(
 
     number = write_recalibration(repository, base, changed, write_beside)
     _, base_thresholds = read_thresholds(folders["strip_verdict"])
-    notes = (*reader.notes, *said, *_taught(repository, manifest, images[parts.calibration]))
+    notes = (
+        *filter(None, [choices.note]),
+        *reader.notes,
+        *said,
+        *_taught(repository, manifest, images[parts.calibration]),
+    )
     return Recalibration(repository, number, base, base_thresholds.bits, calibration, notes, provenance)
+
+
+def settled(options: RecalibrationOptions, version: str, entry: Mapping[str, Any]) -> Choices:
+    """Return what to go by: what is asked for, or else what a version was made with, or else the default.
+
+    Args:
+        options: what is asked for.
+        version: number of the version that is calibrated again.
+        entry: what the manifest says of it.
+
+    Raises:
+        InputError: what is asked for does not go together, or not with what is as it was.
+    """
+    made_with, calibration = entry.get("options", {}), entry["calibration"]
+    default = f"the default: version {version} does not say what it had"
+    notes = []
+    target_frr, choice = options.target_frr, options.overlay_choice
+    if choice is None:
+        known = made_with.get("overlay_choice") in OVERLAY_CHOICES
+        choice = made_with["overlay_choice"] if known else "random"
+        if not options.keep_overlays:
+            notes.append(f"overlay choice {choice}, {'as before' if known else default}")
+            check_overlay_options(options.overlays, choice, options.alpha)
+    if target_frr is None:
+        before = made_with.get("rule", {}).get("target_frr")
+        known = isinstance(before, float)
+        target_frr = before if known else ThresholdRule.target_frr
+        if uses_target_frr(options.threshold_bits, "random" if options.keep_overlays else choice):
+            given = f"in place of the threshold that version {version} was given"
+            why = "as before" if calibration["method"] != "fixed" else given
+            notes.insert(0, f"target FRR {100 * target_frr:g} %, {why if known else default}")
+    method, detector = options.method, options.detector or calibration["detector"]
+    if method is None and options.threshold_bits is None and (detector, calibration["method"]) == ("strip", "normal"):
+        method = "normal"
+        notes.append("calibration method normal, as before")
+    note = "; ".join(notes)
+    return Choices(
+        ThresholdRule(method, target_frr, options.threshold_bits, detector),
+        choice,
+        note[:1].upper() + note[1:] + "." * bool(note),
+    )
 
 
 def _taught(repository: Path, manifest: dict[str, Any], calibration: NDArray[np.uint8]) -> tuple[str, ...]:
@@ -217,19 +293,20 @@ def distinct(samples: Samples, besides: NDArray[np.uint8] | None = None) -> NDAr
     return np.array([unit[0] for unit in units(samples, [] if besides is None else [besides])], dtype=np.int64)
 
 
-def split(usable: NDArray[np.int64], overlays: Count, options: RecalibrationOptions) -> Parts:
+def split(usable: NDArray[np.int64], overlays: Count, choices: Choices, seed: int) -> Parts:
     """Split images at random into overlays (or a pool for them), images to select on, and images to calibrate on.
 
     Args:
         usable: indices of distinct images, (images,).
         overlays: how many overlays are to come from them; 0 for none.
-        options: how to calibrate.
+        choices: how to calibrate.
+        seed: of the split.
 
     Raises:
         CalibrationError: too few images.
     """
-    least = options.rule.least_images
-    sizes = part_sizes(overlays, options.overlay_choice, least) if overlays else {}
+    least = choices.rule.least_images
+    sizes = part_sizes(overlays, choices.overlay_choice, least) if overlays else {}
     needed = {name: size.least for name, size in sizes.items()} | {"calibration": least}
     spare = len(usable) - sum(needed.values())
     if spare < 0:
@@ -238,7 +315,8 @@ def split(usable: NDArray[np.int64], overlays: Count, options: RecalibrationOpti
             f"clean data: got {len(usable)} distinct images that are no overlays yet, expected at least "
             f"{len(usable) - spare}: {', '.join(uses)}; "
             "give more clean images, fewer --overlays, a higher target FRR, or keep the overlays"
+            + (", or choose them at random (--overlay-choice random)" if "selection" in sizes else "")
         )
     counts = [sizes[name].of_spare(spare) if name in sizes else 0 for name in ("overlays", "selection")]
-    order = np.random.default_rng(options.seed).permutation(usable)
+    order = np.random.default_rng(seed).permutation(usable)
     return Parts(*np.split(order, np.cumsum(counts)))

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detector.errors import DataError, InputError
-from samples.npz import DAMAGE, stored_array
+from samples.npz import DAMAGE, stored_array, write_arrays
+from samples.writing import whole_file
 
 FORMAT = 1
 FIELDS = ("format", "image_shape", "classes", "version", "calibrated_at", "frr_upper", "far_upper")
@@ -136,26 +135,9 @@ def write_canaries(path: Path, canaries: Canaries) -> None:
         )
     fields = {name: getattr(canaries, name) for name in FIELDS if name != "format"}
     metadata = json.dumps({"format": FORMAT, **fields}).encode()
-    try:
-        descriptor, staged = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose a folder that you may write") from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez_compressed(
-                file,
-                images=np.ascontiguousarray(canaries.images),
-                trojaned=canaries.trojaned,
-                metadata=np.frombuffer(metadata, np.uint8),
-            )
-            os.fchmod(file.fileno(), 0o644)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(staged).replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another file") from error
-    finally:
-        Path(staged).unlink(missing_ok=True)
+    with whole_file(path) as file:
+        metadata_bytes = np.frombuffer(metadata, np.uint8)
+        write_arrays(file, {"images": canaries.images, "trojaned": canaries.trojaned, "metadata": metadata_bytes})
 
 
 def read_canaries(path: Path) -> Canaries:

@@ -7,7 +7,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from detector.errors import DataError
 from samples.arrays import StoredArray, StoredDataset
+from samples.types import Samples
+from samples.writing import whole_file
 
 _KEYS = (("images", "labels"), ("data", "label"), ("x", "y"))
 _TRUE_LABELS = ("true_labels", "true_label")
@@ -68,6 +70,26 @@ def open_npz(path: Path) -> Iterator[StoredDataset]:
         raise
     except DAMAGE as error:
         raise DataError(f"{path}: cannot be read as .npz of plain numbers ({error}); is it complete?") from error
+
+
+def write_npz(path: Path, samples: Samples, *, mode: int = 0o644) -> None:
+    """Write samples as `open_npz` reads them; the file appears whole or not at all.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    arrays: dict[str, NDArray[Any]] = {"images": samples.images, "labels": samples.labels}
+    arrays |= {name: numbers for name in ("true_labels", "groups") if (numbers := getattr(samples, name)) is not None}
+    with whole_file(path, mode=mode) as file:
+        write_arrays(file, arrays)
+
+
+def write_arrays(file: IO[bytes], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays as `np.savez_compressed` does, which at a full disk leaves an archive that complains once more."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.save(member, np.ascontiguousarray(array), allow_pickle=False)
 
 
 def _names(path: Path, archive: zipfile.ZipFile) -> tuple[str, str]:

@@ -156,7 +156,7 @@ def test_a_calibration_makes_a_new_fused_graph_of_what_is_stored(repository: Pat
     activate(repository, base)
     fresh = images_of(SHAPE, 120, seed=7)
     write_hdf5(tmp_path / "new.h5", Samples(fresh, np.zeros(len(fresh), np.int64)))
-    result = recalibrate(repository, tmp_path / "new.h5", RecalibrationOptions(ThresholdRule(target_frr=0.05)))
+    result = recalibrate(repository, tmp_path / "new.h5", RecalibrationOptions(target_frr=0.05))
     entry = verify_repository(repository)["versions"][result.version]
     assert {name for name, number in entry["models"].items() if str(number) == result.version} == {
         "guarded",

@@ -20,7 +20,6 @@ from client.api import GuardedClient, Verdicts
 from client.evaluation import evaluate
 from client.shared import SharedBatches
 from deploy.embedded.server import EmbeddedTriton
-from detector.calibration import ThresholdRule
 from detector.errors import DataError, DeadlineExceededError, ServerUnavailableError
 from exporter.export import Data, ExportOptions, export
 from exporter.keras_files import load_model
@@ -100,7 +99,7 @@ def test_every_verdict_of_consensus_agrees_with_the_float64_reference(
     repository: Path, badnet: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(repository, tmp_path / "repository")
-    options = RecalibrationOptions(ThresholdRule(target_frr=0.1), detector="consensus", keep_overlays=True)
+    options = RecalibrationOptions(target_frr=0.1, detector="consensus", keep_overlays=True)
     result = recalibrate(tmp_path / "repository", badnet / "clean_validation_data.h5", options)
     assert result.calibration.detector == "consensus"
     thresholds = result.calibration.thresholds

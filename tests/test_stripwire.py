@@ -44,6 +44,8 @@ from samples.hdf5 import read_hdf5
 COMMANDS = (
     *("demo", "train-badnet", "train-badnet-on", "export", "verify", "serve"),
     *("calibrate", "rollback", "reload", "classify", "evaluate", "canaries", "monitor"),
+    *("quarantine list", "quarantine show", "quarantine label", "quarantine save", "quarantine remove"),
+    *("feedback save", "feedback load"),
 )
 
 
@@ -61,7 +63,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
 def test_every_command_has_help_with_an_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    assert run(monkeypatch, command, "--help") == 0
+    assert run(monkeypatch, *command.split(), "--help") == 0
     assert f"Example: stripwire {command}" in capsys.readouterr().out
 
 
@@ -136,6 +138,8 @@ def test_canaries_without_a_repository_promise_nothing(
     assert "got neither it nor classes" in capsys.readouterr().err
     assert run(monkeypatch, "canaries", clean, "--output", output, "--classes", "12", "--repository", tmp_path) == 2
     assert "got classes as well" in capsys.readouterr().err
+    assert run(monkeypatch, "canaries", clean, "--output", output, "--classes", "11") == 2
+    assert "`label` reaches 11, expected 0 to 10, the network's 11 classes" in capsys.readouterr().err
     assert run(monkeypatch, "canaries", clean, "--output", output, "--classes", "12") == 0
     assert "without trojaned canaries nobody sees the FAR" in capsys.readouterr().err
     written = read_canaries(output)
@@ -229,7 +233,8 @@ def test_a_mistake_ends_in_one_message_and_no_traceback(
             *("calibrate", str(tmp_path), "--clean", str(text)),
             *("--threshold-bits", "0.2", "--target-frr", "0.1"),
         ): "target FRR: got 0.1 and a threshold of 0.2 bits, expected one of them",
-        ("serve", str(tmp_path), "--http-port", "70000"): "HTTP port: got 70000",
+        ("serve", str(tmp_path), "--http-port", "70000"): "has no manifest.json",
+        ("serve", str(tmp_path / "none"), "--grpc-port", "1"): f"{tmp_path / 'none'}: no such folder",
         ("reload", str(tmp_path), "--url", "dns:///triton:8001"): "url: dns:///triton:8001 may be several servers",
         ("monitor", "--canaries", str(text), "--url", "ipv4:127.0.0.1:1,127.0.0.1:2"): "may be several servers",
     }
@@ -275,7 +280,7 @@ finally:
         ("train-badnet .", "exists and is not empty"),
         ("train-badnet-on out --train data.h5 --test data.h5 --epochs 0", "epochs: got 0, expected at least 1"),
         ("calibrate out --clean data.h5 --overlays 0", "overlays: got 0"),
-        ("calibrate out --clean data.h5 --overlays auto", "expected greedy, which looks at images"),
+        ("calibrate out --clean data.h5 --overlays auto --overlay-choice random", "expected greedy, which looks"),
         ("demo --identities 20000", "Invalid value for '--identities'"),
     ],
 )
@@ -295,6 +300,13 @@ def test_what_makes_no_sense_is_refused_before_tensorflow_is_loaded(
     assert refused.returncode == 2
     assert message in refused.stderr
     assert refused.stdout == "[]\n"
+
+
+def test_a_port_that_cannot_be_is_refused_once_there_is_a_repository(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], repository: Path
+) -> None:
+    assert run(monkeypatch, "serve", repository, "--http-port", "70000") == 2
+    assert "HTTP port: got 70000" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_a_command_with_status_130(
@@ -540,6 +552,7 @@ def test_without_a_server_to_tell_the_command_says_how(
     clean = ("--clean", badnet / "clean_validation_data.h5", "--keep-overlays", "--calibration-method", "normal")
     assert run(monkeypatch, "calibrate", live.repository, *clean) == 0
     said = capsys.readouterr()
+    assert "Target FRR 5 %, as before." in said.err
     assert f"reload {live.repository} --url 127.0.0.1:8001" in said.out
     assert "warning: the threshold reaches its target FRR only if" in " ".join(said.err.split())
     assert served_version(live) == "1"

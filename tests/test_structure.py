@@ -52,6 +52,10 @@ def test_only_the_exporter_imports_tensorflow(folder: str) -> None:
         ("stripwire", "tensorflow keras onnxruntime grpc matplotlib scipy"),
         ("client.api, client.evaluation, samples.files", "tensorflow keras onnxruntime"),
         ("client.monitor.service", "tensorflow keras onnxruntime matplotlib scipy h5py"),
+        (
+            "client.feedback, client.quarantine, samples.npz",
+            "tensorflow keras onnxruntime matplotlib scipy h5py starlette",
+        ),
         ("exporter.canaries", "tensorflow keras tf2onnx matplotlib"),
         ("exporter.recalibration, client.control", "tensorflow keras tf2onnx matplotlib"),
         ("deploy.embedded.server", "tensorflow keras grpc"),

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from typing import Any
+from collections.abc import Iterator
 
 import anyio
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from client.monitor.access import Access, answer
 from client.monitor.health import Health
 from client.monitor.logs import log
 from client.monitor.quarantine import QuarantineRoutes, QuarantineView
-from client.monitor.record import TRUTHS, Added, Feedback, FeedbackRecord
+from client.monitor.record import Added, FeedbackRecord, Recorded, read_feedback
 from detector.errors import InputError, RecordError
-from detector.live_metrics import VERDICTS
 
 _MOST_BODY_BYTES = 4096
 _BODY_SECONDS = 10.0
-_FIELDS = ("request_id", "truth", "verdict")
+_PIECE = 1000  # how much feedback is read at once
+_INDEX = """stripwire monitor
+
+/metrics      for Prometheus
+/readyz       200 when the last canary got a verdict, and not long ago
+/livez        200 unless the server should be started anew
+/v1/feedback  takes feedback, and gives it back; asks for the feedback token
+"""
+_QUARANTINE_INDEX = """/quarantine   rejected inputs, for people; asks for the feedback token
+"""
 
 
 class MonitorApp:
@@ -51,16 +58,22 @@ class MonitorApp:
         self._record = record
         self._access = access
         self._registry = registry
+        self._index = _INDEX if quarantine is None else _INDEX + _QUARANTINE_INDEX
         self.asgi = Starlette(
             routes=[
+                Route("/", self._show_index),
                 Route("/metrics", self._show_metrics),
                 Route("/livez", self._live),
                 Route("/readyz", self._ready),
                 Route("/v1/feedback", self._take_feedback, methods=["POST"]),
+                Route("/v1/feedback", self._give_feedback),
                 Route("/v1/feedback/{request_id}", self._show_feedback),
                 *([] if quarantine is None else QuarantineRoutes(quarantine, access).routes),
             ]
         )
+
+    async def _show_index(self, _: Request) -> Response:
+        return PlainTextResponse(self._index)
 
     def _show_metrics(self, _: Request) -> Response:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
@@ -106,6 +119,24 @@ class MonitorApp:
             )
         return answer(201 if added is Added.NEW else 200, **vars(feedback), counted=added is Added.NEW)
 
+    async def _give_feedback(self, request: Request) -> Response:
+        """Stream all feedback as JSON lines, in the order in which it came."""
+        if (refusal := self._access.refusal(request)) is not None:
+            return refusal
+        try:
+            first = await run_in_threadpool(self._record.after, 0, _PIECE)
+        except RecordError as error:
+            log(logging.ERROR, "feedback could not be read", why=str(error))
+            return answer(503, error=str(error))
+        return StreamingResponse(self._lines(first), media_type="application/x-ndjson")
+
+    def _lines(self, piece: list[Recorded]) -> Iterator[bytes]:
+        while piece:
+            lines = ({**vars(each.feedback), "recorded_at": each.recorded_at} for each in piece)
+            yield "".join(json.dumps(line) + "\n" for line in lines).encode()
+            # An error from here on breaks the connection off, by which the caller knows that it was not all.
+            piece = self._record.after(piece[-1].number, _PIECE)
+
     async def _show_feedback(self, request: Request) -> Response:
         if (refusal := self._access.refusal(request)) is not None:
             return refusal
@@ -118,37 +149,6 @@ class MonitorApp:
         if feedback is None:
             return answer(404, error=f"request_id: there is no feedback on {request_id!r}")
         return answer(200, **vars(feedback))
-
-
-def read_feedback(body: bytes) -> Feedback:
-    """Return the feedback in the body of a request: JSON of exactly `request_id`, `truth` and `verdict`.
-
-    Raises:
-        InputError: it is none; the message says which field, what came, and what was expected.
-    """
-    try:
-        fields = json.loads(body.decode(), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"body: got no JSON ({error}), expected an object of {', '.join(_FIELDS)}") from None
-    if not isinstance(fields, dict) or fields.keys() != set(_FIELDS):
-        got = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-        raise InputError(f"body: got {got}, expected an object of exactly {', '.join(_FIELDS)}")
-    request_id = fields["request_id"]
-    if not (isinstance(request_id, str) and re.fullmatch(r"[!-.0-~]{1,128}", request_id)):
-        raise InputError(
-            f"request_id: got {request_id!r}, expected 1 to 128 printable ASCII characters without blanks and slashes"
-        )
-    for name, known in (("truth", TRUTHS), ("verdict", VERDICTS)):
-        if not (isinstance(fields[name], str) and fields[name] in known):
-            raise InputError(f"{name}: got {fields[name]!r}, expected one of {', '.join(known)}")
-    return Feedback(**fields)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a field is given twice")
-    return fields
 
 
 async def _read_body(request: Request) -> bytes | None:

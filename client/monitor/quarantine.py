@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from PIL import Image
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -74,28 +75,42 @@ class QuarantineView:
         found = ((key, self._record.get(key)) for key in keys)
         return {key: None if feedback is None else feedback.truth for key, feedback in found}
 
-    def listing(self, limit: int, labelled: bool, request_id: str | None = None) -> dict[str, Any]:
+    def listing(
+        self,
+        limit: int,
+        labelled: bool,
+        request_id: str | None = None,
+        truth: str | None = None,
+        before: str | None = None,
+    ) -> dict[str, Any]:
         """Return the newest inputs, and how many there are.
 
         Args:
             limit: the most inputs.
             labelled: also those of which somebody has said what they are.
             request_id: those of this name alone; None for all.
+            truth: those alone of which somebody has said this, one of `TRUTHS`; None for all.
+            before: those alone that are older than the input of this key; None for all.
 
         Raises:
             RecordError: the record, or the folder, cannot be read.
         """
         truths = self.truths()
         inputs: list[dict[str, Any]] = []
-        for key, truth in truths.items():
+        for key, said in truths.items():
             if len(inputs) == limit:
                 break
-            wanted = (labelled or truth is None) and request_id in (None, request_id_of(key))
+            wanted = (
+                (labelled or said is None)
+                and request_id in (None, request_id_of(key))
+                and truth in (None, said)
+                and (before is None or key < before)
+            )
             if wanted and (about := self._read(read_about, key)) is not None:
                 bits = about.pop("entropy_bits")
                 told = bits if math.isfinite(bits) else None  # JSON knows no other
-                inputs.append({"key": key, "truth": truth, "entropy_bits": told, **about})
-        unlabelled = sum(truth is None for truth in truths.values())
+                inputs.append({"key": key, "truth": said, "entropy_bits": told, **about})
+        unlabelled = sum(said is None for said in truths.values())
         return {"kept": len(truths), "unlabelled": unlabelled, "inputs": inputs}
 
     def _read(self, read: Callable[[Path, str], _T | None], key: str) -> _T | None:
@@ -117,6 +132,15 @@ class QuarantineView:
         image = rejected.image
         file = io.BytesIO()
         Image.fromarray(image if image.shape[2] in (3, 4) else image[:, :, 0]).save(file, "PNG")
+        return file.getvalue()
+
+    def array(self, key: str) -> bytes | None:
+        """Return the image of an input as `.npy`, (height, width, channels), uint8; None where it is there no more."""
+        rejected = self._read(read_rejected, key)
+        if rejected is None:
+            return None
+        file = io.BytesIO()
+        np.save(file, rejected.image, allow_pickle=False)
         return file.getvalue()
 
     def remove(self, key: str) -> bool:
@@ -176,6 +200,7 @@ class QuarantineRoutes:
             Route("/quarantine/{name}", self._show_page),
             Route("/v1/quarantine", self._list),
             Route("/v1/quarantine/{key}.png", self._show_image),
+            Route("/v1/quarantine/{key}.npy", self._give_array),
             Route("/v1/quarantine/{key}", self._remove, methods=["DELETE"]),
         ]
 
@@ -193,7 +218,10 @@ class QuarantineRoutes:
             return answer(422, error=f"limit: got {limit!r}, expected 1 to {MOST_LISTED}")
         if labelled not in ("true", "false", ""):
             return answer(422, error=f"labelled: got {labelled!r}, expected true or false")
-        asked = int(limit or MOST_LISTED), labelled != "false", request.query_params.get("request_id")
+        request_id, truth, before = (request.query_params.get(name) for name in ("request_id", "truth", "before"))
+        if truth not in (None, *TRUTHS):
+            return answer(422, error=f"truth: got {truth[:20]!r}, expected one of {', '.join(TRUTHS)}")
+        asked = int(limit or MOST_LISTED), labelled != "false", request_id, truth, before
         try:
             found = await run_in_threadpool(self._view.listing, *asked)
         except RecordError as error:
@@ -202,13 +230,19 @@ class QuarantineRoutes:
         return answer(200, **found)
 
     async def _show_image(self, request: Request) -> Response:
+        return await self._content(request, self._view.picture, "image/png")
+
+    async def _give_array(self, request: Request) -> Response:
+        return await self._content(request, self._view.array, "application/octet-stream")
+
+    async def _content(self, request: Request, read: Callable[[str], bytes | None], media_type: str) -> Response:
         if (refusal := self._access.refusal(request)) is not None:
             return refusal
         key = request.path_params["key"]
-        content = await run_in_threadpool(self._view.picture, key)
+        content = await run_in_threadpool(read, key)
         if content is None:
             return _absent(key)
-        return Response(content, media_type="image/png", headers=_HEADERS)
+        return Response(content, media_type=media_type, headers=_HEADERS)
 
     async def _remove(self, request: Request) -> Response:
         if (refusal := self._access.refusal(request)) is not None:

@@ -6,6 +6,8 @@ monitor nor a power failure loses what was acknowledged.
 
 from __future__ import annotations
 
+import json
+import re
 import sqlite3
 import threading
 import time
@@ -14,22 +16,32 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from detector.errors import InputError, RecordError
 from detector.live_metrics import VERDICTS
 
 TRUTHS = ("clean", "trojaned")
 
+_FIELDS = ("request_id", "truth", "verdict")
 _APPLICATION_ID = 0x53545257  # "STRW", in the header of the file
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE feedback (
-    request_id TEXT PRIMARY KEY NOT NULL,
+    number INTEGER PRIMARY KEY,
+    request_id TEXT UNIQUE NOT NULL,
     truth TEXT NOT NULL CHECK (truth IN ('clean', 'trojaned')),
     verdict TEXT NOT NULL CHECK (verdict IN ('accepted', 'rejected')),
     recorded_at REAL NOT NULL
-) WITHOUT ROWID
+)
 """
+_FROM_VERSION_1 = (  # which kept no order but that of the clock
+    "ALTER TABLE feedback RENAME TO before",
+    _SCHEMA,
+    "INSERT INTO feedback (request_id, truth, verdict, recorded_at) "
+    "SELECT request_id, truth, verdict, recorded_at FROM before ORDER BY recorded_at, request_id",
+    "DROP TABLE before",
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,21 @@ class Feedback:
     request_id: str
     truth: str
     verdict: str
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Feedback in the record.
+
+    Attributes:
+        number: of the feedback; what came later has a higher one.
+        feedback: what was said.
+        recorded_at: when, in seconds since 1970 (UTC), by the clock of the monitor.
+    """
+
+    number: int
+    feedback: Feedback
+    recorded_at: float
 
 
 class Added(Enum):
@@ -106,7 +133,9 @@ class FeedbackRecord:
             try:
                 # One statement is one transaction: it is on the disk as a whole when this returns, or not at all.
                 added = self._connection.execute(
-                    "INSERT INTO feedback VALUES (?, ?, ?, ?) ON CONFLICT (request_id) DO NOTHING", row
+                    "INSERT INTO feedback (request_id, truth, verdict, recorded_at) VALUES (?, ?, ?, ?) "
+                    "ON CONFLICT (request_id) DO NOTHING",
+                    row,
                 )
                 if added.rowcount == 1:
                     self._counts[feedback.truth, feedback.verdict] += 1
@@ -131,6 +160,28 @@ class FeedbackRecord:
             except sqlite3.Error as error:
                 raise RecordError(f"{self._path}: the record cannot be read ({error})") from error
 
+    def after(self, number: int, limit: int) -> list[Recorded]:
+        """Return the feedback that came after the one of that number, in order, up to `limit`; 0 is before the first.
+
+        So whoever reads it all does not hold it all, and those who write wait for one piece at the most.
+
+        Raises:
+            RecordError: the record cannot be read.
+        """
+        with self._lock:
+            try:
+                found = self._connection.execute(
+                    "SELECT number, request_id, truth, verdict, recorded_at FROM feedback WHERE number > ? "
+                    "ORDER BY number LIMIT ?",
+                    (number, limit),
+                ).fetchall()
+            except sqlite3.Error as error:
+                raise RecordError(f"{self._path}: the record cannot be read ({error})") from error
+        return [
+            Recorded(number, Feedback(request_id, truth, verdict), recorded_at)
+            for number, request_id, truth, verdict, recorded_at in found
+        ]
+
     def counts(self) -> Mapping[tuple[str, str], int]:
         """Return how often each truth and verdict is in the record: all of them, also those that never came."""
         with self._lock:
@@ -149,6 +200,37 @@ class FeedbackRecord:
         except sqlite3.Error as error:
             raise _unusable(self._path, error) from error
         return {(truth, verdict): counts.get((truth, verdict), 0) for truth in TRUTHS for verdict in VERDICTS}
+
+
+def read_feedback(body: bytes) -> Feedback:
+    """Return the feedback in the body of a request: JSON of exactly `request_id`, `truth` and `verdict`.
+
+    Raises:
+        InputError: it is none; the message says which field, what came, and what was expected.
+    """
+    try:
+        fields = json.loads(body.decode(), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"body: got no JSON ({error}), expected an object of {', '.join(_FIELDS)}") from None
+    if not isinstance(fields, dict) or fields.keys() != set(_FIELDS):
+        got = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+        raise InputError(f"body: got {got}, expected an object of exactly {', '.join(_FIELDS)}")
+    request_id = fields["request_id"]
+    if not (isinstance(request_id, str) and re.fullmatch(r"[!-.0-~]{1,128}", request_id)):
+        raise InputError(
+            f"request_id: got {request_id!r}, expected 1 to 128 printable ASCII characters without blanks and slashes"
+        )
+    for name, known in (("truth", TRUTHS), ("verdict", VERDICTS)):
+        if not (isinstance(fields[name], str) and fields[name] in known):
+            raise InputError(f"{name}: got {fields[name]!r}, expected one of {', '.join(known)}")
+    return Feedback(**fields)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a field is given twice")
+    return fields
 
 
 def _opened(path: Path, wait_seconds: float) -> sqlite3.Connection:
@@ -181,19 +263,23 @@ def _prepare(path: Path, connection: sqlite3.Connection) -> None:
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    (said,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if said != "ok":
+        raise sqlite3.DatabaseError(said)
     if (application, version, tables) == (0, 0, 0):
         connection.execute(_SCHEMA)
         connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-    elif application != _APPLICATION_ID or version != _SCHEMA_VERSION:
+    elif (application, version) == (_APPLICATION_ID, 1):
+        for statement in _FROM_VERSION_1:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+    elif (application, version) != (_APPLICATION_ID, _SCHEMA_VERSION):
         raise InputError(
             f"record: {path} is a database of something else (application {application}, version {version}), "
             "expected a record that a monitor of this Stripwire has made, or no file"
         )
     connection.execute("COMMIT")
-    (said,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if said != "ok":
-        raise sqlite3.DatabaseError(said)
 
 
 def _unusable(path: Path, error: sqlite3.Error) -> InputError:

@@ -64,7 +64,7 @@ def test_a_calibration_takes_them_over_but_for_what_it_has_seen(exported: Path, 
     seen = [index for index, image in enumerate(clean.images) if image.tobytes() in as_set(before.images[:10])]
     others = [index for index, image in enumerate(clean.images) if image.tobytes() not in as_set(before.images)]
     write_hdf5(tmp_path / "new.h5", Samples(clean.images[[*seen, *others[:150]]], clean.labels[[*seen, *others[:150]]]))
-    result = recalibrate(repository, tmp_path / "new.h5", RecalibrationOptions(ThresholdRule(target_frr=0.1)))
+    result = recalibrate(repository, tmp_path / "new.h5", RecalibrationOptions(target_frr=0.1))
     canaries = read_canaries(find_canaries(repository))
     assert canaries.version == result.version == "2"
     assert as_set(canaries.images) == as_set(before.images) - as_set(before.images[:10])
@@ -103,8 +103,8 @@ def test_a_calibration_says_which_images_have_taught_the_network(badnet: Path, t
     taught = np.flatnonzero([use == "repair" for use in uses(repaired, read_manifest(repaired), clean.images)])
     assert len(taught) == read_manifest(repaired)["versions"]["1"]["split"]["repair"]["images"]
     write_hdf5(tmp_path / "old.h5", clean.take(taught[:150]))
-    rule = RecalibrationOptions(ThresholdRule(target_frr=0.1))
-    (note,) = recalibrate(repaired, tmp_path / "old.h5", rule).notes
+    rule = RecalibrationOptions(target_frr=0.1)
+    *_, note = recalibrate(repaired, tmp_path / "old.h5", rule).notes
     assert "140 of the 140 images that calibrate have taught the repaired network" in note
     # A version that is calibrated again remembers what the one before had used.
     assert uses(repaired, read_manifest(repaired), clean.images[taught[200:210]]) == ["repair"] * 10

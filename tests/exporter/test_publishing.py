@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -220,3 +221,56 @@ def test_where_folders_cannot_be_exchanged_two_renames_do_or_nothing_changes(
             publish(target)
     assert [path.name for path in target.iterdir()] == ["new" if code == errno.ENOSYS else "old"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+FULL = """
+import sys
+from pathlib import Path
+import numpy as np
+from detector.errors import InputError
+from exporter.publishing import staged_folder
+from samples.npz import write_npz
+from samples.types import Samples
+
+folder = Path(sys.argv[1])
+images = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
+with staged_folder(folder / "out") as staged:
+    (staged / "old").touch()
+for write in (
+    lambda staged: (staged / "new").write_bytes(bytes(500_000)),
+    lambda staged: write_npz(staged / "new.npz", Samples(images, np.arange(64))),
+    lambda staged: [(staged / str(number)).touch() for number in range(100)],
+):
+    try:
+        with staged_folder(folder / "out", replace=True) as staged:
+            write(staged)
+    except InputError as error:
+        print(error)
+print(sorted(path.name for path in folder.rglob("*")))
+"""
+
+
+def test_a_full_disk_is_named_with_what_to_do_and_changes_nothing(tmp_path: Path) -> None:
+    mounted = 'mount -t tmpfs -o size=200k,nr_inodes=50 tmpfs "$1" && exec "$2" -c "$3" "$1"'
+    namespace = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
+    if subprocess.run(
+        [*namespace, mounted, "sh", str(tmp_path), "true", ""], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("nothing can be mounted here, so there is no disk to fill")
+    command = [*namespace, mounted, "sh", str(tmp_path), sys.executable, FULL]
+    filled = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    lines = filled.stdout.splitlines()
+    for line in lines[:3]:
+        assert re.match(
+            rf"{tmp_path}/out: the disk of {tmp_path} is full, after 0.[0-2] MB; what was there stays", line
+        )
+    assert (lines[3], filled.stderr) == ("['old', 'out']", "")
+
+
+def test_a_quota_that_is_used_up_is_a_full_disk(tmp_path: Path) -> None:
+    error = RuntimeError("library")
+    error.__cause__ = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    with pytest.raises(InputError, match=r"is full, after 0\.0 MB"), staged_folder(tmp_path / "out"):
+        raise error
+    with pytest.raises(OSError, match="No space left"), staged_folder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # elsewhere: here there is room

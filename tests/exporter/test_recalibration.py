@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from detector.serving import read_overlays, read_thresholds
 from detector.strip import entropy_bits, perturb, weighted_overlays
 from exporter import recalibration
 from exporter.entropies import entropy_matrix, open_graph
-from exporter.recalibration import RecalibrationOptions, distinct, recalibrate, split
+from exporter.recalibration import Choices, RecalibrationOptions, distinct, recalibrate, settled, split
 from exporter.repository import activate
 from model_repository.manifest import sha256_of, verify_repository
 from samples.hdf5 import read_hdf5, write_hdf5
 from samples.types import Samples
+
+RANDOM, GREEDY = (Choices(ThresholdRule(), choice, "") for choice in ("random", "greedy"))
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def new_data(badnet: Path, tmp_path: Path) -> Path:
 
 def test_only_what_calibration_concerns_gets_a_new_version(exported: Path, new_data: Path) -> None:
     first = verify_repository(exported)["files"]
-    result = recalibrate(exported, new_data, RecalibrationOptions(ThresholdRule(target_frr=0.1)))
+    result = recalibrate(exported, new_data, RecalibrationOptions(target_frr=0.1))
     assert (result.version, result.base) == ("2", "1")
     manifest = verify_repository(exported)
     entry = manifest["versions"]["2"]
@@ -66,29 +69,96 @@ def test_only_what_calibration_concerns_gets_a_new_version(exported: Path, new_d
 
 
 def test_the_detector_changes_when_asked_and_stays_otherwise(exported: Path, new_data: Path) -> None:
-    rule = ThresholdRule(target_frr=0.1)
-    changed = recalibrate(exported, new_data, RecalibrationOptions(rule, detector="consensus"))
+    changed = recalibrate(exported, new_data, RecalibrationOptions(target_frr=0.1, detector="consensus"))
     assert changed.calibration.detector == "consensus"
     assert changed.calibration.asks_repaired
     models = verify_repository(exported)["versions"]["2"]["models"]
     assert {name for name, number in models.items() if number == 1} == {"badnet", "repaired"}
     assert read_overlays(exported / "strip_perturb" / "2")[1] == 0.7  # that of the detector
-    again = recalibrate(exported, new_data, RecalibrationOptions(rule, overlay_choice="greedy", overlays=4))
+    again = recalibrate(exported, new_data, RecalibrationOptions(target_frr=0.1, overlay_choice="greedy", overlays=4))
     assert again.calibration.detector == "consensus"
     assert verify_repository(exported)["versions"]["3"]["models"]["strip_entropy"] == 2
-    back = recalibrate(exported, new_data, RecalibrationOptions(rule, detector="strip", keep_overlays=True))
+    back = recalibrate(exported, new_data, RecalibrationOptions(target_frr=0.1, detector="strip", keep_overlays=True))
     assert (back.calibration.detector, back.calibration.thresholds.plain_bits) == ("strip", None)
     overlays, alpha = read_overlays(exported / "strip_perturb" / "4")
     assert (len(overlays), alpha) == (4, 0.7)
     assert verify_repository(exported)["versions"]["4"]["models"]["strip_entropy"] == 4
 
 
+def test_without_options_a_version_is_calibrated_as_it_was_made(exported: Path, new_data: Path) -> None:
+    asked = RecalibrationOptions(target_frr=0.1, overlays=4, overlay_choice="greedy")
+    assert not any("as before" in note for note in recalibrate(exported, new_data, asked).notes)
+    for options, told in (
+        (RecalibrationOptions(), "Target FRR 10 %, as before; overlay choice greedy, as before."),
+        (RecalibrationOptions(keep_overlays=True), "Target FRR 10 %, as before."),
+        (RecalibrationOptions(overlays=5), "Target FRR 10 %, as before; overlay choice greedy, as before."),
+    ):
+        again = recalibrate(exported, new_data, options)
+        assert again.notes[0] == told
+        assert again.calibration.target_frr == again.provenance["options"]["rule"]["target_frr"] == 0.1
+        assert again.provenance["options"]["overlay_choice"] == "greedy"
+    assert again.provenance["options"]["overlays"] == 5
+
+
+MADE_WITH = {"rule": {"target_frr": 0.02}, "overlay_choice": "greedy"}
+GIVEN = {"detector": "strip", "method": "fixed"}
+FITTED = {"detector": "strip", "method": "normal"}
+DEFAULT = "the default: version 7 does not say what it had"
+
+
+@pytest.mark.parametrize(
+    ("options", "entry", "expected"),
+    [
+        (
+            {},
+            {"options": MADE_WITH, "calibration": {"detector": "consensus", "method": "quantile"}},
+            (None, 0.02, "greedy", "Target FRR 2 %, as before; overlay choice greedy, as before."),
+        ),
+        (
+            {},
+            {"calibration": {"detector": "strip", "method": "quantile"}},
+            (None, 0.05, "random", f"Target FRR 5 %, {DEFAULT}; overlay choice random, {DEFAULT}."),
+        ),
+        (
+            {"overlay_choice": "random"},
+            {"options": MADE_WITH, "calibration": GIVEN},
+            (None, 0.02, "random", "Target FRR 2 %, in place of the threshold that version 7 was given."),
+        ),
+        (
+            {"overlay_choice": "random", "threshold_bits": 0.3},
+            {"options": MADE_WITH, "calibration": FITTED},
+            (None, 0.02, "random", ""),
+        ),
+        (
+            {"target_frr": 0.1, "keep_overlays": True},
+            {"options": MADE_WITH, "calibration": FITTED},
+            ("normal", 0.1, "greedy", "Calibration method normal, as before."),
+        ),
+        (
+            {"target_frr": 0.1, "keep_overlays": True, "detector": "consensus"},
+            {"options": MADE_WITH, "calibration": FITTED},
+            (None, 0.1, "greedy", ""),
+        ),
+    ],
+)
+def test_what_is_not_asked_for_is_as_it_was_or_said_to_be_the_default(
+    options: dict[str, Any], entry: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    choices = settled(RecalibrationOptions(**options), "7", entry)
+    assert (choices.rule.method, choices.rule.target_frr, choices.overlay_choice, choices.note) == expected
+
+
+def test_auto_is_refused_where_overlays_are_chosen_at_random_as_before(exported: Path, new_data: Path) -> None:
+    with pytest.raises(InputError, match="got auto with overlay choice random, expected greedy"):
+        recalibrate(exported, new_data, RecalibrationOptions(overlays="auto"))
+
+
 def test_the_threshold_is_that_of_the_new_images_under_the_new_overlays(exported: Path, new_data: Path) -> None:
-    options = RecalibrationOptions(ThresholdRule(target_frr=0.1), overlays=5, alpha=0.6, seed=3)
+    options = RecalibrationOptions(target_frr=0.1, overlays=5, alpha=0.6, seed=3)
     result = recalibrate(exported, new_data, options)
     samples = read_hdf5(new_data)
     images = samples.images
-    parts = split(distinct(samples), 5, options)
+    parts = split(distinct(samples), 5, RANDOM, 3)
     overlays, alpha = read_overlays(exported / "strip_perturb" / "2")
     np.testing.assert_array_equal(overlays, images[parts.candidates])
     assert alpha == 0.6
@@ -112,7 +182,7 @@ def test_kept_overlays_are_not_written_again_and_calibrate_nothing(
 
 
 def test_as_many_overlays_are_taken_as_are_enough(exported: Path, new_data: Path) -> None:
-    options = RecalibrationOptions(ThresholdRule(target_frr=0.1), overlays="auto", overlay_choice="greedy")
+    options = RecalibrationOptions(target_frr=0.1, overlays="auto", overlay_choice="greedy")
     result = recalibrate(exported, new_data, options)
     overlays, _ = read_overlays(exported / "strip_perturb" / "2")
     assert 1 < len(overlays) <= 50
@@ -120,13 +190,12 @@ def test_as_many_overlays_are_taken_as_are_enough(exported: Path, new_data: Path
 
 
 def test_a_greedy_choice_beats_the_random_one_on_the_images_it_was_made_on(exported: Path, new_data: Path) -> None:
-    rule = ThresholdRule(target_frr=0.1)
-    greedy = RecalibrationOptions(rule, overlays=4, overlay_choice="greedy", seed=1)
+    greedy = RecalibrationOptions(target_frr=0.1, overlays=4, overlay_choice="greedy", seed=1)
     recalibrate(exported, new_data, greedy)
     chosen, alpha = read_overlays(exported / "strip_perturb" / "2")
     samples = read_hdf5(new_data)
     images = samples.images
-    parts = split(distinct(samples), 4, greedy)
+    parts = split(distinct(samples), 4, replace(GREEDY, rule=ThresholdRule(target_frr=0.1)), 1)
     pool = {image.tobytes() for image in images[parts.candidates]}
     assert {image.tobytes() for image in chosen} < pool
     assert len({image.tobytes() for image in chosen}) == 4
@@ -160,8 +229,7 @@ def test_the_matrix_averages_to_the_entropies_that_are_served(
 
 @pytest.mark.parametrize("count", [78, 100, 400, 5000])
 def test_no_image_serves_twice_and_the_greedy_search_stays_bounded(count: int) -> None:
-    options = RecalibrationOptions(overlay_choice="greedy")
-    parts = split(np.arange(count), 10, options)
+    parts = split(np.arange(count), 10, GREEDY, 0)
     together = np.concatenate(list(vars(parts).values()))
     assert sorted(together) == list(range(count))
     assert 40 <= len(parts.candidates) <= 64
@@ -170,22 +238,22 @@ def test_no_image_serves_twice_and_the_greedy_search_stays_bounded(count: int) -
 
 
 @pytest.mark.parametrize(
-    ("options", "overlays", "needed"),
+    ("choices", "overlays", "needed"),
     [
-        (RecalibrationOptions(), 10, 29),
-        (RecalibrationOptions(overlay_choice="greedy"), 10, 78),
-        (RecalibrationOptions(overlay_choice="greedy"), 100, 438),
-        (RecalibrationOptions(keep_overlays=True), 0, 19),
-        (RecalibrationOptions(ThresholdRule(threshold_bits=0.5)), 10, 12),
-        (RecalibrationOptions(ThresholdRule("normal")), 10, 12),
+        (RANDOM, 10, 29),
+        (GREEDY, 10, 78),
+        (GREEDY, 100, 438),
+        (RANDOM, 0, 19),
+        (Choices(ThresholdRule(threshold_bits=0.5), "random", ""), 10, 12),
+        (Choices(ThresholdRule("normal"), "random", ""), 10, 12),
     ],
 )
 def test_too_few_images_are_refused_with_the_number_that_is_needed(
-    options: RecalibrationOptions, overlays: int, needed: int
+    choices: Choices, overlays: int, needed: int
 ) -> None:
     with pytest.raises(CalibrationError, match=f"got {needed - 1} distinct images .* expected at least {needed}"):
-        split(np.arange(needed - 1), overlays, options)
-    assert len(split(np.arange(needed), overlays, options).calibration) == options.rule.least_images
+        split(np.arange(needed - 1), overlays, choices, 0)
+    assert len(split(np.arange(needed), overlays, choices, 0).calibration) == choices.rule.least_images
 
 
 def test_copies_count_once() -> None:
@@ -207,7 +275,7 @@ def test_images_of_another_size_are_refused(exported: Path, tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"got 32x32x3 .*, expected 55x47x3"):
         recalibrate(exported, tmp_path / "small.h5", RecalibrationOptions())
     assert verify_repository(exported)["active"] == "1"
-    options = RecalibrationOptions(ThresholdRule(threshold_bits=0.5), keep_overlays=True, resize=True)
+    options = RecalibrationOptions(threshold_bits=0.5, keep_overlays=True, resize=True)
     write_hdf5(
         tmp_path / "two.h5", Samples(np.stack([np.full((32, 32, 3), n, np.uint8) for n in (0, 9)]), np.arange(2))
     )
@@ -264,6 +332,9 @@ def test_a_calibration_that_is_killed_can_be_run_again_and_leaves_no_debris(
         ({"overlay_choice": "best"}, "overlay choice: got 'best'"),
         ({"keep_overlays": True, "alpha": 0.7}, "keep overlays: got overlays, alpha"),
         ({"keep_overlays": True, "overlay_choice": "greedy"}, "keep overlays: got"),
+        ({"target_frr": 1.0}, "target FRR: got 1.0"),
+        ({"threshold_bits": -1.0}, "threshold: got -1.0 bits"),
+        ({"method": "fixed"}, "calibration method: got fixed with threshold None"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_named(values: dict[str, Any], message: str) -> None:

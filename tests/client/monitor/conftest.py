@@ -23,6 +23,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from client.monitor.record import Feedback
 from deploy.embedded.server import EmbeddedTriton
 from samples.canaries import Canaries, write_canaries
 from tests.conftest import wait_for
@@ -81,6 +82,14 @@ def serving(exported: Path, folder: Path, version: str) -> Iterator[EmbeddedTrit
 def ensemble(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedTriton]:
     with serving(exported, tmp_path_factory.mktemp("ensemble"), "1") as running:
         yield running
+
+
+def given(count: int) -> list[Feedback]:
+    """Return feedback whose ids are in no order."""
+    truths, verdicts = ("clean", "trojaned"), ("rejected", "accepted", "accepted")
+    return [
+        Feedback(f"{number * 7 % 10:x}-{number}.0", truths[number % 2], verdicts[number % 3]) for number in range(count)
+    ]
 
 
 def stub_of(server: EmbeddedTriton, model: str) -> psutil.Process:
@@ -164,6 +173,13 @@ def monitoring(canary_file: Path, url: str, *options: str | Path, record: Path |
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def stripwire(monitor: Monitor, *arguments: str, columns: int = 160) -> subprocess.CompletedProcess[str]:
+    """Run a command that asks a monitor, on a terminal so wide."""
+    told = {"STRIPWIRE_MONITOR": str(monitor.http.base_url), "STRIPWIRE_FEEDBACK_TOKEN": TOKEN, "COLUMNS": str(columns)}
+    command = [sys.executable, "-m", "stripwire", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | told, check=False)
 
 
 class TextPage:

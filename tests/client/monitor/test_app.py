@@ -15,17 +15,18 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from client.api import GuardedClient
+from client.feedback import FeedbackClient
 from client.monitor import app as app_module
 from client.monitor.access import Access
-from client.monitor.app import MonitorApp, read_feedback
+from client.monitor.app import MonitorApp
 from client.monitor.health import Health
 from client.monitor.metrics import ERROR_KINDS, MODELS, REFUSALS, RELOAD_REASONS, FeedbackCollector, MonitorMetrics
 from client.monitor.quarantine import QuarantineView
-from client.monitor.record import TRUTHS, Feedback, FeedbackRecord
+from client.monitor.record import TRUTHS, Added, Feedback, FeedbackRecord, read_feedback
 from client.monitor.sender import CanarySender
-from detector.errors import InputError
+from detector.errors import AccessDeniedError, InputError, ServerUnavailableError
 from detector.live_metrics import VERDICTS
-from tests.client.monitor.conftest import TOKEN, canaries, parsed
+from tests.client.monitor.conftest import TOKEN, canaries, given, parsed
 from tests.conftest import wait_for
 
 WHOLE = {"request_id": "one", "truth": "clean", "verdict": "rejected"}
@@ -122,6 +123,15 @@ def test_what_the_calibration_promised_is_shown_and_absent_where_it_promised_not
     assert found["stripwire_calibrated_frr_upper", ()] == 0.08
     assert ("stripwire_calibrated_far_upper", ()) not in found
     assert ("stripwire_canaries_calibrated_timestamp_seconds", ()) not in found
+
+
+def test_the_first_page_tells_what_there_is(http: httpx.Client, record: FeedbackRecord, tmp_path: Path) -> None:
+    answer = http.get("/")
+    assert answer.headers["content-type"].startswith("text/plain")
+    paths = [line.split()[0] for line in answer.text.splitlines() if line.startswith("/")]
+    assert paths == ["/metrics", "/readyz", "/livez", "/v1/feedback"]
+    for with_quarantine in listening(record, TOKEN, QuarantineView(tmp_path, record)):
+        assert "\n/quarantine " in with_quarantine.get("/").text
 
 
 def test_without_a_canarys_verdict_it_is_live_and_not_ready(http: httpx.Client) -> None:
@@ -268,7 +278,7 @@ def test_what_cannot_be_recorded_is_not_acknowledged(http: httpx.Client, record:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"), [("GET", "/", 404), ("GET", "/v1/feedback", 405), ("POST", "/livez", 405)]
+    ("method", "path", "status"), [("GET", "/v1", 404), ("PUT", "/v1/feedback", 405), ("POST", "/livez", 405)]
 )
 def test_nothing_else_is_answered(http: httpx.Client, method: str, path: str, status: int) -> None:
     assert http.request(method, path).status_code == status
@@ -276,3 +286,76 @@ def test_nothing_else_is_answered(http: httpx.Client, method: str, path: str, st
 
 def test_feedback_is_what_was_sent() -> None:
     assert read_feedback(json.dumps(WHOLE).encode()) == Feedback("one", "clean", "rejected")
+
+
+def test_all_feedback_is_streamed_in_the_order_in_which_it_came(
+    http: httpx.Client, record: FeedbackRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app_module, "_PIECE", 3)
+    assert http.get("/v1/feedback", headers=BEARER).text == ""
+    for feedback in given(10):
+        record.add(feedback)
+    answer = http.get("/v1/feedback", headers=BEARER)
+    assert answer.headers["content-type"] == "application/x-ndjson"
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert [Feedback(line["request_id"], line["truth"], line["verdict"]) for line in lines] == given(10)
+    assert all(line.keys() == {"request_id", "truth", "verdict", "recorded_at"} for line in lines)
+
+
+def test_only_who_knows_the_token_gets_feedback(http: httpx.Client, http_without_token: httpx.Client) -> None:
+    assert http.get("/v1/feedback").status_code == 401
+    assert http_without_token.get("/v1/feedback", headers=BEARER).status_code == 403
+    with pytest.raises(AccessDeniedError), FeedbackClient(str(http.base_url), "wrong") as client:
+        list(client.saved())
+
+
+def test_feedback_is_taken_while_somebody_reads_slowly(http: httpx.Client, record: FeedbackRecord) -> None:
+    rows = ((f"{number}-{'x' * 100}",) for number in range(60_000))  # more than fits into what is between us
+    insert = "INSERT INTO feedback (request_id, truth, verdict, recorded_at) VALUES (?, 'clean', 'accepted', 0)"
+    record._connection.execute("BEGIN")
+    record._connection.executemany(insert, rows)
+    record._connection.execute("COMMIT")
+    with http.stream("GET", "/v1/feedback", headers=BEARER) as answer:
+        read = answer.iter_lines()
+        assert json.loads(next(read))["request_id"].startswith("0-")
+        late = {"request_id": "late.0", "truth": "trojaned", "verdict": "accepted"}
+        assert http.post("/v1/feedback", json=late, headers=BEARER, timeout=5).status_code == 201
+        rest = [json.loads(line)["request_id"] for line in read]
+    assert (len(rest), rest[-1]) == (60_000, "late.0")
+
+
+def test_what_breaks_off_is_not_taken_for_all(
+    http: httpx.Client, record: FeedbackRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for feedback in given(10):
+        record.add(feedback)
+    monkeypatch.setattr(app_module, "_PIECE", 3)
+    pieces = FeedbackRecord.after
+
+    def broken(of: FeedbackRecord, number: int, limit: int) -> Any:
+        if number >= 6:
+            record.close()  # as if the disk were gone
+        return pieces(of, number, limit)
+
+    monkeypatch.setattr(FeedbackRecord, "after", broken)
+    with FeedbackClient(str(http.base_url), TOKEN) as client:
+        saved = client.saved()
+        assert [json.loads(next(saved))["request_id"] for _ in range(6)] == [each.request_id for each in given(6)]
+        with pytest.raises(ServerUnavailableError):
+            next(saved)
+    assert http.get("/v1/feedback", headers=BEARER).status_code == 503
+
+
+def test_feedback_can_be_given_by_several_at_once(http: httpx.Client) -> None:
+    found: list[Added] = []
+
+    def give() -> None:
+        with FeedbackClient(str(http.base_url), TOKEN) as client:
+            found.extend(client.give(feedback) for feedback in given(20))
+
+    threads = [threading.Thread(target=give) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (found.count(Added.NEW), found.count(Added.KNOWN)) == (20, 40)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ from client.quarantine import QuarantineClient
 from deploy.embedded.server import EmbeddedTriton
 from detector.errors import AccessDeniedError, InputError, RecordError, ServerError
 from detector.quarantine import FOLDER_VARIABLE, Quarantine, Rejected, quarantined, request_id_of
-from tests.client.monitor.conftest import ROOT, SHAPE, TOKEN, Monitor, TextPage, monitoring, serving
+from samples.readers import read_samples
+from tests.client.monitor.conftest import CLASSES, ROOT, SHAPE, TOKEN, Monitor, TextPage, monitoring, serving, stripwire
 from tests.conftest import skip_or_fail, wait_for
 from tests.test_live_metrics import scraped, series
 
@@ -117,10 +117,9 @@ def test_what_was_rejected_is_listed_shown_and_labelled(watched: Watched) -> Non
     wait_for(lambda: scraped(watched.server)[series("quarantine_kept_total")] == 6)
 
 
-def run(watched: Watched, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"STRIPWIRE_MONITOR": watched.url, "STRIPWIRE_FEEDBACK_TOKEN": TOKEN, "COLUMNS": "160"}
-    command = [sys.executable, "-m", "stripwire", "quarantine", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+def run(of: Watched | Monitor, *arguments: str, columns: int = 160) -> subprocess.CompletedProcess[str]:
+    monitor = of if isinstance(of, Monitor) else of.monitor
+    return stripwire(monitor, "quarantine", *arguments, columns=columns)
 
 
 @pytest.mark.parametrize("watched", ["fused"], indirect=True)
@@ -153,6 +152,107 @@ def test_the_command_lists_shows_and_labels(watched: Watched, tmp_path: Path) ->
     assert {request_id_of(key) for key in quarantined(watched.folder)} == {f"{watched.name}.0", two}
     # What it was is known as before.
     assert watched.monitor.metric("stripwire_feedback_total", truth="clean", verdict="rejected") == 2
+
+
+@pytest.mark.parametrize("watched", ["fused"], indirect=True)
+def test_what_people_marked_is_saved_as_data_that_the_other_commands_read(watched: Watched, tmp_path: Path) -> None:
+    watched.send(IMAGES[:1], "copy")
+    wait_for(lambda: len(quarantined(watched.folder)) == 4)
+    names = [*(f"{watched.name}.{row}" for row in range(2)), "copy.0"]
+    assert run(watched, "label", "trojaned", *names).returncode == 0
+    assert run(watched, "label", "clean", f"{watched.name}.2").returncode == 0
+    trojaned, asked, clean = (str(tmp_path / f"{name}.npz") for name in ("trojaned", "asked", "clean"))
+    saved = run(watched, "save", trojaned, "--label", "3")
+    assert saved.stdout == f"2 trojaned inputs written to {trojaned}. Labels: 3, as asked.\n"
+    assert saved.stderr == "Fetching images …\n1 of 3 inputs are left out: copies of others, pixel by pixel\n"
+    samples = read_samples(Path(trojaned)).samples
+    np.testing.assert_array_equal(samples.images, IMAGES[:2])  # in the order in which they came
+    assert samples.labels.tolist() == [3, 3]
+    assert Path(trojaned).stat().st_mode & 0o777 == 0o600
+
+    with GuardedClient(watched.server.grpc_address) as client:
+        original = client.original_probabilities(IMAGES).argmax(axis=1)
+        answered = client.classify(IMAGES, probabilities=True).probabilities
+    assert answered is not None
+    assert (
+        "what the original network answers" in run(watched, "save", asked, "--url", watched.server.grpc_address).stdout
+    )
+    np.testing.assert_array_equal(read_samples(Path(asked)).samples.labels, original[:2])
+    assert "1 clean inputs written" in run(watched, "save", clean, "--truth", "clean").stdout
+    assert read_samples(Path(clean)).samples.labels.tolist() == [answered[2].argmax()]
+
+    files = ("--clean", clean, "--trojaned", trojaned)
+    evaluated = stripwire(watched.monitor, "evaluate", *files, "--url", watched.server.grpc_address, "--json")
+    assert json.loads(evaluated.stdout)["guarded"]["false_acceptance"]["count"] == 2
+    options = ("--classes", str(CLASSES), "--output", str(tmp_path / "chosen.npz"))
+    assert "1 clean and 2 trojaned canaries" in stripwire(watched.monitor, "canaries", clean, trojaned, *options).stdout
+
+
+def kept(folder: Path, *images: NDArray[np.uint8]) -> None:
+    """Keep inputs, named a.0, a.1 and so on."""
+    writer = Quarantine(folder)
+    for number, image in enumerate(images):
+        writer.offer(Rejected(f"a.{number}", image, 1, 0.5, 0.01, ("entropy",), "1", 1e9))
+    writer.close()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_name_is_listed_whole_where_it_fits(canary_file: Path, tmp_path: Path, columns: int) -> None:
+    writer = Quarantine(tmp_path / "quarantine")
+    ids = [f"{'3f2b9c0e7d1a4b5c8e6f0a1b2c3d4e5f'}.999", "a.0", f"{'x' * 100}.0"]
+    scores = ("entropy", "plain_entropy", "nll")
+    for request_id in ids:
+        writer.offer(Rejected(request_id, IMAGES[0], 1282, 1.234e-5, 0.000123, scores, "1", 1.7e9))
+    writer.close()
+    with monitoring(canary_file, "127.0.0.1:1", "--quarantine", tmp_path / "quarantine") as monitor:
+        listed = run(monitor, "list", columns=columns).stdout
+    assert max(map(len, listed.splitlines())) <= columns
+    for shown in (*ids[:2], "2023-11-14 22:13:20", "1282", "1.23e-05", "0.00012", "plain_entropy, nll"):
+        assert shown in listed
+    assert "".join(line.split("│")[0].strip() for line in listed.splitlines() if "xx" in line) == ids[2]
+
+
+def test_what_cannot_be_saved_is_told_and_nothing_is_written(canary_file: Path, tmp_path: Path) -> None:
+    folder, output = tmp_path / "quarantine", tmp_path / "saved.npz"
+    kept(folder, IMAGES[0], IMAGES[1], IMAGES[2][:4])
+    with monitoring(canary_file, "127.0.0.1:1", "--quarantine", folder) as monitor:
+        save = partial(run, monitor, "save")
+        for arguments, message in (
+            ((output, "--label", "0"), "no input in the quarantine is marked trojaned, expected some; mark them"),
+            ((output, "a.0"), "label: got none, expected the class that the attacker wants"),
+            ((output, "a.0", "--label", "0", "--url", "127.0.0.1:1"), "expected one of them"),
+            ((output, "a.7", "--label", "0"), "'a.7' is not in the quarantine"),
+            ((output, "a.0", "a.2", "--label", "0"), "a.2 has shape (4, 7, 3) and a.0 (8, 7, 3), expected one shape"),
+            ((tmp_path / "saved.h5", "a.0", "--label", "0"), "expected a name that ends with .npz"),
+            ((tmp_path / "no" / "saved.npz", "a.0", "--label", "0"), f"{tmp_path / 'no'} is no folder"),
+        ):
+            refused = save(*map(str, arguments))
+            assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
+        run(monitor, "label", "clean", "a.1")
+        assert "a.1 is marked clean, expected trojaned" in save(str(output), "a.1", "--label", "0").stderr
+        assert [path for path in tmp_path.iterdir() if "saved" in path.name] == []
+        assert save(str(output), "a.0", "--label", "0").returncode == 0
+        content = output.read_bytes()
+        assert f"{output} exists" in save(str(output), "a.1", "--truth", "clean").stderr
+        assert output.read_bytes() == content
+        assert (monitor.http.get("/v1/quarantine?truth=odd", headers=bearer())).status_code == 422
+
+
+def test_more_inputs_are_saved_than_one_answer_tells(
+    canary_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.quarantine._PAGE", 2)
+    images = np.random.default_rng(1).integers(0, 256, (5, 4, 3, 5), dtype=np.uint8)  # of no kind that PNG knows
+    kept(tmp_path / "quarantine", *images)
+    with monitoring(canary_file, "127.0.0.1:1", "--quarantine", tmp_path / "quarantine") as monitor:
+        told: list[tuple[int, int]] = []
+        with QuarantineClient(str(monitor.http.base_url), TOKEN) as client:
+            for about in client.listing()["inputs"]:
+                client.label(about["key"], "trojaned")
+            found = client.evidence("trojaned", on_progress=lambda *counts: told.append(counts))
+            assert client.image("00000000000000000001-gone.0") is None
+        np.testing.assert_array_equal(found.images, images)
+        assert (found.labels.tolist(), found.notes, told[-1]) == ([1] * 5, (), (5, 5))
 
 
 @pytest.mark.parametrize("watched", ["fused"], indirect=True)
@@ -227,7 +327,7 @@ def test_what_is_no_monitor_is_told(page_of_text: TextPage) -> None:
 def test_nobody_without_the_token_or_from_another_site_gets_in(watched: Watched) -> None:
     (key, *_) = quarantined(watched.folder)
     http = watched.monitor.http
-    for path in ("/v1/quarantine", f"/v1/quarantine/{key}.png"):
+    for path in ("/v1/quarantine", f"/v1/quarantine/{key}.png", f"/v1/quarantine/{key}.npy"):
         assert http.get(path).status_code == 401
     assert http.delete(f"/v1/quarantine/{key}").status_code == 401
     elsewhere = bearer() | {"Origin": "http://evil.example"}

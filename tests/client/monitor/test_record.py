@@ -199,6 +199,46 @@ def test_a_database_of_something_else_is_refused_and_left_as_it_is(path: Path) -
     other.close()
 
 
+VERSION_1 = """
+CREATE TABLE feedback (
+    request_id TEXT PRIMARY KEY NOT NULL,
+    truth TEXT NOT NULL CHECK (truth IN ('clean', 'trojaned')),
+    verdict TEXT NOT NULL CHECK (verdict IN ('accepted', 'rejected')),
+    recorded_at REAL NOT NULL
+) WITHOUT ROWID;
+INSERT INTO feedback VALUES ('b', 'clean', 'rejected', 1.5), ('a', 'trojaned', 'rejected', 2.5),
+    ('c', 'clean', 'accepted', 0.5);
+PRAGMA application_id = 0x53545257;
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_record_of_the_version_before_is_taken_over(path: Path) -> None:
+    with sqlite3.connect(path) as before:
+        before.executescript(VERSION_1)
+    before.close()
+    for _ in range(2):
+        with FeedbackRecord(path) as record:
+            assert record.counts()["clean", "rejected"] == 1
+            assert record.add(Feedback("c", "clean", "accepted")) is Added.KNOWN
+            record.add(Feedback("0", "clean", "accepted"))
+            found = record.after(0, 10)
+    assert [(each.number, each.feedback.request_id) for each in found] == [(1, "c"), (2, "b"), (3, "a"), (4, "0")]
+    assert found[1].recorded_at == 1.5
+
+
+def test_feedback_is_read_in_pieces_in_the_order_in_which_it_came(path: Path) -> None:
+    clock = iter([5.0, 4.0, 3.0])  # a clock that is set back decides nothing
+    with FeedbackRecord(path, now=lambda: next(clock)) as record:
+        for name in ("b", "c", "a"):
+            record.add(Feedback(name, "clean", "accepted"))
+        first = record.after(0, 2)
+        assert [each.feedback.request_id for each in first] == ["b", "c"]
+        (last,) = record.after(first[-1].number, 2)
+        assert (last.feedback, last.recorded_at) == (Feedback("a", "clean", "accepted"), 3.0)
+        assert record.after(last.number, 2) == []
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="absent is no folder"):
         FeedbackRecord(tmp_path / "absent" / "record.sqlite")

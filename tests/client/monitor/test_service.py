@@ -16,6 +16,8 @@ import httpx
 import pytest
 
 from client.monitor.record import FeedbackRecord
+from client.monitor.service import _listening
+from client.monitor.settings import MonitorSettings
 from deploy.embedded.server import EmbeddedTriton
 from samples.canaries import write_canaries
 from tests.client.monitor.conftest import ROOT, Monitor, canaries, kill, monitoring
@@ -202,3 +204,11 @@ def test_canaries_for_another_class_count_are_logged(ensemble: EmbeddedTriton, t
         (told,) = [line for line in monitor.lines() if line["event"] == "a canary got no verdict"]
         assert told["kind"] == "mismatch"
         assert monitor.stop() == 0
+
+
+def test_no_answer_waits_for_its_beginning_to_be_confirmed(canary_file: Path) -> None:
+    settings = MonitorSettings(canaries=canary_file, listen="127.0.0.1:0")
+    with _listening(settings) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
