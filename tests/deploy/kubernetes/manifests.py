@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
 import yaml
 
+import stripwire
 from tests.conftest import program
 
 ROOT = Path(__file__).parents[3]
@@ -218,6 +220,18 @@ def told(name: str, container: Document) -> list[str]:
     """Return a container's arguments as it gets them, with stand-ins for secrets."""
     variables = environment(name, container, SECRETS)
     return [expanded(argument, variables) for argument in container["args"]]
+
+
+def parsed(arguments: list[str], root: Path) -> dict[str, Any]:
+    """Return what the command line makes of arguments, by parameter; files that it asks for lie under `root`."""
+    here = [re.sub("^/", f"{root}/", argument) for argument in arguments]
+    for argument in here:
+        path = Path(argument)
+        if path.is_relative_to(root) and path.suffix in (".h5", ".npz"):
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.touch()
+    commands: Any = typer.main.get_command(stripwire.app)
+    return dict(commands.commands[here[0]].make_context(here[0], here[1:]).params)
 
 
 def server(name: str) -> Pod:

@@ -21,6 +21,7 @@ from tests.deploy.kubernetes.manifests import (
     kustomize,
     named,
     of_kind,
+    parsed,
     pods,
     ports,
     rendered,
@@ -45,7 +46,7 @@ def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("place", [".", "files", "release", "without-cert-manager", "signs", "rotation"])
-def test_every_kustomization_of_the_guide_builds(guided: Path, place: str) -> None:
+def test_every_kustomization_of_the_guide_builds(guided: Path, place: str, tmp_path: Path) -> None:
     made = kustomize(guided / place)
     for document in made:
         assert fault(document) is None
@@ -67,6 +68,9 @@ def test_every_kustomization_of_the_guide_builds(guided: Path, place: str) -> No
         assert job["metadata"]["name"] == f"stripwire-release-{data['release']}"
         (canaries,) = job["spec"]["template"]["spec"]["containers"]
         assert canaries["args"][:3] == ["canaries", "/data/test.h5", "/data/trojaned.h5"]
+        for container in pods(made)[0].containers:
+            if "command" not in container:
+                parsed(container["args"], tmp_path)
     if place == "without-cert-manager":
         assert not [one for one in made if "cert-manager" in one["apiVersion"]]
         assert "stripwire-server-tls" in json.dumps(made)

@@ -74,6 +74,7 @@ def who(name: str, peer: Document) -> str:
     """Return what one side of a rule is: a pod of ours, people of the guide, or part of the cluster."""
     if "ipBlock" in peer:
         return str(peer["ipBlock"]["cidr"])
+    assert peer.get("podSelector"), f"everybody there: {peer}"
     pods_there = peer["podSelector"]["matchLabels"]
     if "namespaceSelector" not in peer:
         (pod,) = selected(beside(name), peer["podSelector"])
@@ -90,26 +91,30 @@ def opened(name: str, pod: Pod, way: str) -> set[tuple[str, str]]:
     other = {"Ingress": "from", "Egress": "to"}[way]
     found = set()
     for rule in rules(name, pod, way):
+        assert {"ports", other} <= rule.keys(), f"{pod.name}: everything, or everybody: {rule}"
         for port in rule["ports"]:
             for peer in rule[other]:
                 found.add((f"{port['port']}/{port.get('protocol', 'TCP')}", who(name, peer)))
     return found
 
 
-(NAMESPACE_OF_CALLERS,) = set(re.findall(r"kubectl label namespace [A-Z]+ ([\w-]+=\w+)`", GUIDE))
-CALLERS, REVIEWERS = (
-    f"{key}={value} in {NAMESPACE_OF_CALLERS}"
-    for key, value in re.findall(r'(?s)`(stripwire-\w+): "(\w+)"`', GUIDE[GUIDE.index(NAMESPACE_OF_CALLERS) :])
-)
+def people(label: str) -> str:
+    """Return the pods that the guide has people label so, in the namespaces that it has them label, as `who` does."""
+    assert f'`{label}: "true"`' in GUIDE
+    (namespace,) = re.findall(r"`kubectl label namespace [A-Z]+ ([\w-]+=\w+)`", GUIDE)
+    return f"{label}=true in {namespace}"
+
+
 PROMETHEUS = "app.kubernetes.io/name=prometheus in kubernetes.io/metadata.name=monitoring"
 DNS = "k8s-app=kube-dns in kubernetes.io/metadata.name=kube-system"
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_nobody_reaches_a_port_but_whom_the_guide_names(name: str) -> None:
+    callers, reviewers = people("stripwire-caller"), people("stripwire-reviewer")
     allowed = {
-        "server": {"grpc": {CALLERS, "feedback"}, "metrics": {PROMETHEUS}, "monitor": {PROMETHEUS}},
-        "feedback": {"monitor": {REVIEWERS, PROMETHEUS}},
+        "server": {"grpc": {callers, "feedback"}, "metrics": {PROMETHEUS}, "monitor": {PROMETHEUS}},
+        "feedback": {"monitor": {reviewers, PROMETHEUS}},
     }
     for pod in pods(rendered(name)):
         numbers = {f"{number}/TCP": port for port, number in ports(pod).items()}
@@ -175,6 +180,7 @@ def test_all_certificates_are_of_one_authority_that_is_there(name: str) -> None:
     authority = certificates(name)[issuers[issuer]["ca"]["secretName"]]
     assert authority["isCA"] is True
     assert issuers[authority["issuerRef"]["name"]] == {"selfSigned": {}}
+    assert authority["privateKey"].get("rotationPolicy", "Never") == "Never", "or all that it has signed is refused"
     for spec in leaves:
         lasts, renewed, authority_lasts = (
             int(text.removesuffix("h")) for text in (spec["duration"], spec["renewBefore"], authority["duration"])

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
-import stripwire
-from detector.serving import CONTROL_KEY, MODES
+from client.control import ENSEMBLE
+from detector.serving import CONTROL_KEY, MODES, SENTINEL
 from tests.deploy.kubernetes.manifests import (
     EVERYTHING,
     GUIDE,
@@ -29,6 +28,7 @@ from tests.deploy.kubernetes.manifests import (
     matches,
     of_kind,
     option,
+    parsed,
     pods,
     ports,
     rendered,
@@ -64,7 +64,8 @@ def secrets_of_the_guide() -> dict[str, set[str]]:
     for command in re.findall(r"create secret generic ((?:\\\n|[^\n|])+)", GUIDE):
         name, keys = command.split()[0], set(re.findall(r"--from-(?:literal|file)=([\w.]+)", command))
         for who in everybody.split() if "$who" in name else ("",):
-            found.setdefault(name.replace("$who", who), set()).update(keys)
+            secret = name.replace("$who", who)
+            assert found.setdefault(secret, keys) == keys, f"{secret}: made anew with other keys"
     return found
 
 
@@ -188,18 +189,6 @@ COMMANDS = {"monitor": ("verify", "monitor"), "exporter": ("export", "calibrate"
 """What an image has the packages for."""
 
 
-def parsed(arguments: list[str], root: Path) -> dict[str, Any]:
-    """Return what the command line makes of arguments, by parameter; files that it asks for lie under `root`."""
-    here = [re.sub("^/", f"{root}/", argument) for argument in arguments]
-    for argument in here:
-        path = Path(argument)
-        if path.is_relative_to(root) and path.suffix in (".h5", ".npz"):
-            path.parent.mkdir(exist_ok=True, parents=True)
-            path.touch()
-    commands: Any = typer.main.get_command(stripwire.app)
-    return dict(commands.commands[here[0]].make_context(here[0], here[1:]).params)
-
-
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_the_command_line_takes_every_argument(name: str, tmp_path: Path) -> None:
     for image, commands in COMMANDS.items():
@@ -221,12 +210,12 @@ def test_every_image_of_ours_is_built_and_of_this_version(name: str) -> None:
 
 
 def folders_of_a_server(release: str) -> set[str]:
-    """Return what a server reads of a release, and the monitor beside it."""
-    read = (
-        option(server("cpu").triton, "model-repository"),
-        literals(server("cpu").container("monitor"))["STRIPWIRE_CANARIES"],
-    )
-    return {path.replace("$(RELEASE)", release) for path in read}
+    """Return what a server reads of a release, and the monitors."""
+    monitors = (one for pod in pods(rendered("cpu")) for one in pod.containers if is_monitor(one))
+    canaries = (literals(one)["STRIPWIRE_CANARIES"] for one in monitors)
+    return {
+        path.replace("$(RELEASE)", release) for path in (option(server("cpu").triton, "model-repository"), *canaries)
+    }
 
 
 @pytest.mark.parametrize("name", ["export", "calibrate"])
@@ -260,6 +249,9 @@ def test_a_job_is_tried_once_and_then_goes(name: str) -> None:
         assert 3600 <= job["spec"]["ttlSecondsAfterFinished"] <= 7 * 86400
     for pod in pods(rendered(name)):
         assert pod.spec["restartPolicy"] == "Never"
+    for alone in of_kind(rendered(name), "Pod"):
+        (container,) = alone["spec"]["containers"]
+        assert container["command"] == ["sleep", str(alone["spec"]["activeDeadlineSeconds"])]
 
 
 def test_every_mode_is_one_of_the_models_and_reaches_triton() -> None:
@@ -283,6 +275,7 @@ def test_a_repository_is_verified_before_anything_starts(name: str) -> None:
 
 def test_model_control_is_restricted_and_plain_http_is_closed() -> None:
     for name in OVERLAYS:
+        assert option(server(name).triton, "model-control-mode") == "explicit"
         protocols, _, key = option(server(name).triton, "grpc-restricted-protocol").partition(":")
         assert protocols == "model-repository,shared-memory,logging,trace"
         assert key == f"{CONTROL_KEY}=$(STRIPWIRE_CONTROL_TOKEN)"
@@ -303,6 +296,12 @@ def test_memory_pools_are_of_a_gpu_that_the_pod_has_and_fit_its_memory(name: str
     if gpus:
         assert int(option(triton, "pinned-memory-pool-byte-size")) in fits
     assert ("--allow-gpu-metrics=false" in triton["args"]) is not bool(gpus)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_triton_loads_what_callers_and_evaluate_ask(name: str) -> None:
+    loaded = {text.partition("=")[2] for text in server(name).triton["args"] if text.startswith("--load-model=")}
+    assert loaded == {ENSEMBLE, SENTINEL}
 
 
 # Addresses.
@@ -356,7 +355,8 @@ def test_every_monitor_asks_a_service_or_the_server_in_its_own_pod(name: str) ->
                     if one["metadata"]["name"] == url.partition(":")[0]
                 )
                 assert matches({"matchLabels": asked["spec"]["selector"]}, server(name).labels)
-    assert int(option(server(name).triton, "metrics-port")) == ports(server(name))["metrics"]
+    own = [port["containerPort"] for port in server(name).triton["ports"]]
+    assert own == [int(option(server(name).triton, kind)) for kind in ("grpc-port", "metrics-port")]
 
 
 def test_every_address_in_the_docs_is_one_of_a_service() -> None:
