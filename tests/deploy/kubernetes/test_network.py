@@ -145,7 +145,7 @@ def test_nobody_gets_out_but_to_the_server_to_names_and_one_job_to_its_store(nam
         "server": set(),
         "feedback": {(f"{grpc}/TCP", "server"), *names},
         "exporter": set(),
-        "fetch": {("443/TCP", "0.0.0.0/0"), *names},
+        "fetch": {("443/TCP", "0.0.0.0/0"), ("443/TCP", "::/0"), *names},
     }
     for pod in pods(rendered(name)):
         assert opened(name, pod, "Egress") == allowed[pod.component], pod.name
@@ -180,13 +180,21 @@ def test_all_certificates_are_of_one_authority_that_is_there(name: str) -> None:
     authority = certificates(name)[issuers[issuer]["ca"]["secretName"]]
     assert authority["isCA"] is True
     assert issuers[authority["issuerRef"]["name"]] == {"selfSigned": {}}
-    assert authority["privateKey"].get("rotationPolicy", "Never") == "Never", "or all that it has signed is refused"
+    assert authority["privateKey"]["rotationPolicy"] == "Never", "or all that it has signed is refused"
     for spec in leaves:
         lasts, renewed, authority_lasts = (
             int(text.removesuffix("h")) for text in (spec["duration"], spec["renewBefore"], authority["duration"])
         )
         assert renewed < lasts < authority_lasts
         assert spec["privateKey"]["rotationPolicy"] == "Always"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_a_service_says_that_it_is_plaintext_where_it_is(name: str) -> None:
+    for service in of_kind(rendered(name), "Service"):
+        for port in service["spec"]["ports"]:
+            if port["name"] == "grpc":
+                assert port.get("appProtocol") == (None if name in WITH_TLS else "kubernetes.io/h2c")
 
 
 @pytest.mark.parametrize("name", WITH_TLS)
