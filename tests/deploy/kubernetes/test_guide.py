@@ -77,6 +77,7 @@ def test_every_kustomization_of_the_guide_builds(guided: Path, place: str, tmp_p
     if place == "signs":
         assert {one["metadata"].get("namespace", "signs") for one in made} == {"signs"}
         assert not of_kind(made, "PrometheusRule")
+        assert "grafana_dashboard" not in json.dumps(made)
         (names,) = (one["spec"]["dnsNames"] for one in of_kind(made, "Certificate") if "dnsNames" in one["spec"])
         assert {"stripwire.signs.svc", "stripwire-headless.signs.svc.cluster.local"} <= set(names)
         assert not [name for name in names if name.endswith("stripwire.svc")]

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from client.monitor.service import _DRAIN_SECONDS
 from tests.deploy.kubernetes.manifests import (
     COMPONENTS,
     EVERYTHING,
@@ -121,6 +122,7 @@ def test_budget_spread_and_autoscaler_are_about_the_server(name: str) -> None:
     (scaler,) = of_kind(documents, "HorizontalPodAutoscaler")
     assert scaler["spec"]["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": pod.name}
     assert scaler["spec"]["minReplicas"] > budget["spec"]["maxUnavailable"] > 0
+    assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"  # who serves nobody holds up no drain
     (spread,) = pod.spec["topologySpreadConstraints"]
     (apart,) = pod.spec["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
     for selector in (spread["labelSelector"], apart["podAffinityTerm"]["labelSelector"]):
@@ -170,6 +172,8 @@ def test_a_drain_lasts_until_callers_have_gone_and_requests_are_answered(name: s
     # gRPC adds up to a tenth, and everybody must hear that the pod is leaving: also who asks DNS, which keeps answers.
     assert preparing > DNS_SECONDS + 1.1 * age + 5
     assert pod.spec["terminationGracePeriodSeconds"] > preparing + answering
+    (feedback,) = (pod for pod in pods(rendered(name)) if pod.component == "feedback")
+    assert feedback.spec["terminationGracePeriodSeconds"] > _DRAIN_SECONDS
 
 
 def without_place(pod: Pod) -> tuple[Document, Document]:

@@ -185,6 +185,19 @@ def containers(name: str, image: str) -> Iterator[tuple[Pod, Document]]:
                 yield pod, container
 
 
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_every_variable_is_one_that_an_argument_names_or_that_the_program_reads(name: str) -> None:
+    code = "".join(path.read_text() for path in (ROOT / "detector").glob("*.py"))
+    read = {*re.findall(r"\bSTRIPWIRE_\w+", code), "CUPY_CACHE_DIR", "HOME"}
+    for pod in pods(rendered(name)):
+        for container in pod.containers:
+            # A monitor's own are held against its settings.
+            variables = [entry["name"] for entry in container.get("env", []) if not is_monitor(container)]
+            named = set(re.findall(r"\$\((\w+)\)", " ".join(container.get("args", []))))
+            assert set(variables) <= read | named, f"{pod.name}: {container['name']}"
+            assert len(variables) == len(set(variables))
+
+
 COMMANDS = {"monitor": ("verify", "monitor"), "exporter": ("export", "calibrate", "canaries")}
 """What an image has the packages for."""
 
