@@ -28,6 +28,7 @@ from tritonclient.grpc.model_config_pb2 import (
     ModelInstanceGroup,
     ModelOutput,
     ModelParameter,
+    ModelQueuePolicy,
     ModelWarmup,
 )
 
@@ -48,6 +49,8 @@ from model_repository.manifest import FUSED, MODELS, next_version, verify_reposi
 
 MAX_BATCH_SIZE = 64
 MAX_QUEUE_DELAY_MICROSECONDS = 500
+MAX_QUEUE_SECONDS = 30
+"""How long a request may wait for one of the models; by then our clients have given it up, unless told otherwise."""
 
 _NO_BYTECODE = "A file where Python would keep bytecode: none is left here, and none that somebody planted is run.\n"
 _MODES_BESIDE_DEFAULT = tuple(mode for mode in MODES if mode != "block")
@@ -391,6 +394,9 @@ def _config(
     if platform == "ensemble":
         return config
     config.dynamic_batching.max_queue_delay_microseconds = MAX_QUEUE_DELAY_MICROSECONDS
+    # By time, and not by length: Triton 2.51 crashes where a step of an ensemble turns a request away at its door.
+    config.dynamic_batching.default_queue_policy.timeout_action = ModelQueuePolicy.REJECT
+    config.dynamic_batching.default_queue_policy.default_timeout_microseconds = int(1e6 * MAX_QUEUE_SECONDS)
     kind = ModelInstanceGroup.KIND_AUTO if image_sized else ModelInstanceGroup.KIND_CPU
     config.instance_group.append(ModelInstanceGroup(count=1, kind=kind))
     if platform:

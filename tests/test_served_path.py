@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 import time
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from exporter.repair import RepairOptions
 from model_repository.manifest import verify_repository
 from samples.hdf5 import read_hdf5
 from tests.detector import reference
+from tests.networks import write_small_repository
 
 CONTRACT: dict[str, tuple[type, int]] = {
     "label": (np.int32, 1),
@@ -280,6 +283,35 @@ def test_a_deadline_that_passes_is_named_and_the_server_goes_on(server: Embedded
         hurried.classify(np.zeros((64, 55, 47, 3), np.uint8))
     with GuardedClient(server.grpc_address) as client:
         assert len(client.classify(np.zeros((1, 55, 47, 3), np.uint8))) == 1
+
+
+def test_a_request_that_waits_for_too_long_is_turned_away_and_the_server_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporter.repository.MAX_QUEUE_SECONDS", 0.1)
+    write_small_repository(tmp_path / "repository")
+    images = np.zeros((64, 8, 7, 3), np.uint8)
+    given = [image_input(triton_grpc, images)]
+    with EmbeddedTriton(tmp_path / "repository") as server:
+        with triton_grpc.InferenceServerClient(server.grpc_address) as client:
+            said: list[str] = []
+            ended = threading.Semaphore(0)
+
+            def note(result: Any, error: Any) -> None:  # noqa: ARG001
+                said.append(str(error))
+                ended.release()
+
+            for _ in range(300):
+                client.async_infer("guarded", given, callback=note)
+            for _ in range(300):
+                ended.acquire()
+        turned_away = [error for error in said if "UNAVAILABLE" in error and "Request timeout expired" in error]
+        assert turned_away
+        assert len(turned_away) + said.count("None") == 300
+        # Who comes later gets an answer, and so does, in the end, who tries again.
+        with GuardedClient(server.grpc_address) as guarded, ThreadPoolExecutor(16) as asking:
+            answers = [*asking.map(lambda _: len(guarded.classify(images).labels), range(40))]
+        assert answers == [len(images)] * 40
 
 
 def test_a_server_that_is_down_is_named_with_what_to_do() -> None:

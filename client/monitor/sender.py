@@ -18,6 +18,7 @@ from detector.errors import DataError, InputError, ServerError, StripwireError
 from samples.canaries import Canaries
 
 _LOOK_SECONDS = 2.0
+_WAITED_TOO_LONG = "Request timeout expired"  # in Triton's words, in a queue
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class CanarySender:
             verdict = client.classify(self._canaries.images[index], canary=True)[0]
         except (ServerError, InputError) as error:
             kind = "mismatch" if isinstance(error, InputError) else outcome_of(error)
-            if kind == "deadline" and self._answers_others():
+            if (kind == "deadline" or _WAITED_TOO_LONG in str(error)) and self._answers_others():
                 kind = "overloaded"
             self.close()
             return self._unanswered(kind, error)
