@@ -34,8 +34,8 @@ def write_files(folder: Path, tls: Path, ports: Mapping[str, str], changes: Mapp
     Args:
         folder: where they go; must not exist.
         tls: folder of `ca.crt`, `tls.crt` and `tls.key`.
-        ports: of this machine, by those in `envoy.yaml`: 8000, where it listens, and 8001, where Triton does.
-        changes: other texts for some in `envoy.yaml`, such as times.
+        ports: of this machine, by those in `envoy.yaml`: 8001, where it listens, and 8004, where Triton does.
+        changes: other texts for some in them, such as times.
 
     Raises:
         ValueError: a text that is to be changed is not there.
@@ -49,11 +49,10 @@ def write_files(folder: Path, tls: Path, ports: Mapping[str, str], changes: Mapp
         **{f"port_value: {there}": f"port_value: {port}" for there, port in ports.items()},
         **(changes or {}),
     }
-    config = (folder / "envoy.yaml").read_text(encoding="utf-8")
-    if missing := [before for before in changes or {} if before not in config]:
-        raise ValueError(f"envoy.yaml: there is no {missing[0]!r} in it to change")
-    for file in folder.glob("*.yaml"):
-        text = file.read_text(encoding="utf-8")
+    files = {file: file.read_text(encoding="utf-8") for file in folder.iterdir()}
+    if missing := [before for before in changes or {} if not any(before in text for text in files.values())]:
+        raise ValueError(f"the gateway's files: there is no {missing[0]!r} in them to change")
+    for file, text in files.items():
         for before, after in here.items():
             text = text.replace(before, after)
         file.write_text(text, encoding="utf-8")
@@ -88,14 +87,14 @@ def local_gateway(folder: Path, tls: Path, triton: str, changes: Mapping[str, st
         folder: where its files and its log go; must not exist.
         tls: folder of `ca.crt`, `tls.crt` and `tls.key`.
         triton: port of the server's gRPC.
-        changes: other texts for some in `envoy.yaml`.
+        changes: other texts for some in its files.
 
     Raises:
         SetupError, ServerStartError: Envoy is not installed, or did not start.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
-    write_files(folder, tls, {"8000": str(port), "8001": triton}, changes)
+    write_files(folder, tls, {"8001": str(port), "8004": triton}, changes)
     arguments = ["--config-path", str(folder / "envoy.yaml"), "--disable-hot-restart", "--log-level", "warn"]
     with running_envoy([*arguments, "--concurrency", "2"], port, folder / "log"):
         yield port

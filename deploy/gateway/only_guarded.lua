@@ -3,15 +3,21 @@
 --
 -- The name of the model is in the message, not in the path. In all of Triton's messages that name a model it is field 1,
 -- `name` or `model_name`. What is not understood here might be understood otherwise by Triton, so it is turned away: a
--- field that is given twice (of which the last counts), a tag or a length that is longer than needed, compression.
+-- field that is given twice (of which the last counts), a tag that is longer than needed, compression. So is what would take
+-- long to read.
+--
+-- Requests marked as canaries are not counted as live, and not kept if they are rejected: only the monitor may mark its own.
 
 local SERVICE = "/inference.GRPCInferenceService/"
 local WITHOUT_MODEL = {ServerLive = true, ServerReady = true, ServerMetadata = true}
 local OF_A_MODEL = {ModelInfer = true, ModelReady = true, ModelMetadata = true, ModelConfig = true, ModelStatistics = true}
 local MODEL = "guarded"
+local CANARY, MONITOR = "stripwire_canary", "CN=stripwire-monitor"
 
 local FRAME = 5 -- bytes before a message: whether it is compressed, and its length
-local PERMISSION_DENIED, INVALID_ARGUMENT = "7", "3"
+local MOST_FIELDS, MOST_PARAMETER = 200, 4096 -- of a message, and bytes of a parameter
+local NAME, PARAMETER = 1, 4 -- fields
+local INVALID_ARGUMENT, PERMISSION_DENIED, INTERNAL = "3", "7", "13"
 local VARINT, FIXED_64, BYTES, FIXED_32 = 0, 1, 2, 5
 
 -- Returns a number of at most five bytes, and where what follows it begins; nil where there is none.
@@ -54,7 +60,8 @@ local function skip(body, wire_type, at, size)
   return at + length, at
 end
 
--- Returns the name in field 1, "" where there is none; nil where the message is not understood.
+-- Returns the name in field 1, "" where there is none, and whether it is marked as a canary; nil where the message is not
+-- understood.
 local function model_in(body)
   local size = body:length()
   if size < FRAME then
@@ -65,8 +72,14 @@ local function model_in(body)
     return nil
   end
   local name
+  local marked = false
   local at = FRAME
+  local fields = 0
   while at < size do
+    fields = fields + 1
+    if fields > MOST_FIELDS then
+      return nil
+    end
     local tag = body:getBytes(at, 1):byte()
     local field, wire_type = math.floor(tag / 8), tag % 8
     if tag >= 128 or field == 0 then
@@ -76,7 +89,13 @@ local function model_in(body)
     if stop == nil then
       return nil
     end
-    if field == 1 then
+    if field == PARAMETER and wire_type == BYTES then
+      if stop - start > MOST_PARAMETER then
+        return nil
+      end
+      marked = marked or (stop > start and body:getBytes(start, stop - start):find(CANARY, 1, true) ~= nil)
+    end
+    if field == NAME then
       if wire_type ~= BYTES or name ~= nil then
         return nil
       end
@@ -85,14 +104,19 @@ local function model_in(body)
     end
     at = stop
   end
-  return name or ""
+  return name or "", marked
 end
 
 local function refuse(handle, status, message)
   handle:respond({[":status"] = "200", ["content-type"] = "application/grpc", ["grpc-status"] = status, ["grpc-message"] = message})
 end
 
-function envoy_on_request(handle)
+local function is_monitor(handle)
+  local encrypted = handle:connection():ssl()
+  return encrypted ~= nil and encrypted:subjectPeerCertificate() == MONITOR
+end
+
+local function judge(handle)
   local path = handle:headers():get(":path")
   local method = path:sub(1, #SERVICE) == SERVICE and path:sub(#SERVICE + 1) or ""
   if WITHOUT_MODEL[method] then
@@ -103,10 +127,24 @@ function envoy_on_request(handle)
     return
   end
   local body = handle:body()
-  local model = body and model_in(body)
-  if not model then
-    refuse(handle, INVALID_ARGUMENT, "the gateway does not understand this message: expected one, not compressed, with every field of its own once")
+  local model, marked
+  if body ~= nil then
+    model, marked = model_in(body)
+  end
+  if model == nil then
+    refuse(handle, INVALID_ARGUMENT, "the gateway does not understand this message: expected one, not compressed, with the model once and few fields")
   elseif model ~= MODEL then
     refuse(handle, PERMISSION_DENIED, "the gateway lets nobody ask another model than " .. MODEL)
+  elseif marked and method == "ModelInfer" and not is_monitor(handle) then
+    refuse(handle, PERMISSION_DENIED, "the gateway lets nobody but the monitor mark requests as canaries")
+  end
+end
+
+-- Envoy lets a request through whose script fails: this one may not.
+function envoy_on_request(handle)
+  local fine, trouble = pcall(judge, handle)
+  if not fine then
+    handle:logErr("only_guarded.lua: " .. tostring(trouble))
+    refuse(handle, INTERNAL, "the gateway failed")
   end
 end

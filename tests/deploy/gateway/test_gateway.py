@@ -6,12 +6,15 @@ import shutil
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import example, given, settings
@@ -20,6 +23,7 @@ from tritonclient.grpc import service_pb2 as messages
 
 from client.api import GuardedClient, TlsOptions
 from deploy.embedded.server import EmbeddedTriton
+from deploy.gateway.local import local_gateway
 from detector.errors import AccessDeniedError, ServerUnavailableError
 from tests.certificates import OpenSsl
 from tests.conftest import wait_for
@@ -36,6 +40,7 @@ SERVICE = "/inference.GRPCInferenceService"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gateway")
     write_certificates(folder)
+    OpenSsl(folder).write_signed("stripwire-monitor", "subjectAltName=DNS:monitor\n")
     write_small_repository(folder / "repository", SHAPE, CLASSES)
     mount(folder, "server")
     return folder
@@ -108,12 +113,16 @@ class Answer:
         return self.message.startswith("the gateway ")
 
 
-@pytest.fixture(scope="module")
-def channel(before: Gateway, folder: Path) -> Iterator[grpc.Channel]:
+def opened(folder: Path, address: str) -> grpc.Channel:
     files = (folder / name for name in ("ca.crt", "client.key", "client.crt"))
     credentials = grpc.ssl_channel_credentials(*(file.read_bytes() for file in files))
-    with grpc.secure_channel(before.address, credentials, [("grpc.max_send_message_length", -1)]) as opened:
-        yield opened
+    return grpc.secure_channel(address, credentials, [("grpc.max_send_message_length", -1)])
+
+
+@pytest.fixture(scope="module")
+def channel(before: Gateway, folder: Path) -> Iterator[grpc.Channel]:
+    with opened(folder, before.address) as one:
+        yield one
 
 
 def call(
@@ -185,6 +194,71 @@ def test_what_could_be_understood_in_two_ways_is_turned_away(channel: grpc.Chann
     assert call(channel, path, ready, naming("ModelReady", "badnet")).status == "INVALID_ARGUMENT"  # two messages
     long = ready + messages.ModelReadyRequest(version="1" * 1000).SerializeToString()
     assert call(channel, path, long, compression=grpc.Compression.Gzip).status == "INVALID_ARGUMENT"
+
+
+def test_a_message_that_would_take_long_to_read_is_not_read(channel: grpc.Channel) -> None:
+    started = time.monotonic()
+    refused = call(channel, f"{SERVICE}/ModelReady", naming("ModelReady", "guarded") + b"\x18\x00" * 2**23)  # 16 MiB
+    assert (refused.status, refused.is_of_the_gateway) == ("INVALID_ARGUMENT", True)
+    assert time.monotonic() - started < 10
+
+
+def test_callers_who_hold_too_much_memory_are_cut_off_and_others_get_their_answers(
+    folder: Path, triton: EmbeddedTriton, tmp_path: Path
+) -> None:
+    smaller = {"max_heap_size_bytes: 805306368": "max_heap_size_bytes: 134217728"}
+    message = messages.ModelInferRequest(model_name="guarded", raw_input_contents=[bytes(2**24)]).SerializeToString()
+    ended = threading.Event()
+
+    def hold(address: str) -> str:
+        def unfinished() -> Iterator[bytes]:
+            yield message
+            ended.wait(60)
+
+        with opened(folder, address) as channel:
+            calling = channel.stream_unary(f"{SERVICE}/ModelInfer", request_serializer=bytes)
+            with pytest.raises(grpc.RpcError) as refused:
+                calling(unfinished(), timeout=60)
+        return str(refused.value.code().name)
+
+    with (
+        local_gateway(tmp_path / "gateway", folder / "tls", port_of(triton), smaller) as port,
+        ThreadPoolExecutor(16) as holding,
+    ):
+        (envoy,) = (
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if str(tmp_path) in " ".join(process.info["cmdline"] or [])
+        )
+        calls = [holding.submit(hold, f"127.0.0.1:{port}") for _ in range(16)]
+        wait_for(lambda: any(each.done() for each in calls))
+        with GuardedClient(f"127.0.0.1:{port}", tls=known(folder)) as client:
+            assert len(client.classify(IMAGES[:1]).labels) == 1
+        assert envoy.memory_info().rss < 2**28  # its own and what was sent; 16 of them would be as much again
+        ended.set()
+        codes = {each.result() for each in calls}
+    assert codes <= {"INTERNAL", "UNAVAILABLE", "INVALID_ARGUMENT"}  # cut off, not begun, or told what it lacks
+    assert codes & {"INTERNAL", "UNAVAILABLE"}
+
+
+def test_only_the_monitor_marks_requests_as_canaries(before: Gateway, folder: Path) -> None:
+    with GuardedClient(before.address, tls=known(folder)) as client:
+        with pytest.raises(AccessDeniedError, match="nobody but the monitor mark requests as canaries"):
+            client.classify(IMAGES[:1], canary=True)
+        assert len(client.classify(IMAGES[:1]).labels) == 1
+    with GuardedClient(before.address, tls=known(folder, "stripwire-monitor")) as monitor:
+        assert len(monitor.classify(IMAGES[:1], canary=True).labels) == 1
+
+
+def test_a_script_that_fails_lets_nothing_through(folder: Path, triton: EmbeddedTriton, tmp_path: Path) -> None:
+    broken = {"local path = handle:headers()": "local path = handle:noSuchThing()"}
+    with (
+        local_gateway(tmp_path / "gateway", folder / "tls", port_of(triton), broken) as port,
+        opened(folder, f"127.0.0.1:{port}") as channel,
+    ):
+        refused = call(channel, f"{SERVICE}/ModelReady", naming("ModelReady", "guarded"))
+    assert (refused.status, refused.message) == ("INTERNAL", "the gateway failed")
+    assert "noSuchThing" in (tmp_path / "gateway" / "log").read_text()
 
 
 VARINTS = st.integers(0, 2**64 - 1) | st.integers(0, 300)

@@ -45,13 +45,13 @@ def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("place", [".", "files", "release", "without-cert-manager", "signs", "rotation"])
+@pytest.mark.parametrize("place", [".", "files", "release", "fetched", "without-cert-manager", "signs", "rotation"])
 def test_every_kustomization_of_the_guide_builds(guided: Path, place: str, tmp_path: Path) -> None:
     made = kustomize(guided / place)
     for document in made:
         assert fault(document) is None
     images = {container["image"] for pod in pods(made) for container in pod.containers}
-    if place in (".", "files", "release", "rotation"):
+    if place in (".", "files", "release", "fetched", "rotation"):
         assert not [image for image in images if "invalid" in image]
     if place == ".":
         assert [one["data"] for one in of_kind(made, "ConfigMap") if "mode" in one["data"]] == [

@@ -179,6 +179,8 @@ def test_every_service_reaches_a_port_of_a_pod(name: str) -> None:
         for port in service["spec"]["ports"]:
             assert own.get(port["targetPort"], port["targetPort"]) == ports(pod)[port["name"]]
             assert port["port"] == {"grpc": 8001, "monitor": 8003}[port["name"]]
+            # A headless one gives the pods' addresses: nobody maps a port to another then.
+            assert service["spec"].get("clusterIP") != "None" or port["port"] == ports(pod)[port["name"]]
     headless = {one["metadata"]["name"] for one in services if one["spec"].get("clusterIP") == "None"}
     assert headless == {"stripwire-headless"}
 
