@@ -202,7 +202,8 @@ def _strip_table(case: str, result: dict[str, Any]) -> str:
         for target in SWEPT_TARGETS:
             errors = row[f"at_{target:g}"]
             cells += [_figure(errors["far"]), _figure(errors["frr"])] if errors else ["too few images", ""]
-        start = f"| {row['alpha']:g} | {row['overlays']} | {row['trigger']} | {row['auroc']:.3f} | "
+        area = _area(Row(case, row["trigger"], "strip", row["overlays"], row))
+        start = f"| {row['alpha']:g} | {row['overlays']} | {row['trigger']} | {area} | "
         lines.append(start + " | ".join(cells) + " |")
     return "\n".join(lines)
 
