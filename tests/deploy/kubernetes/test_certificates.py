@@ -7,8 +7,10 @@ import re
 import pytest
 
 from deploy.kubernetes import prometheusrule
+from detector.live_metrics import CANARY_KEY
 from tests.deploy.kubernetes.manifests import (
     OVERLAYS,
+    ROOT,
     Document,
     Pod,
     is_monitor,
@@ -25,6 +27,7 @@ from tests.deploy.kubernetes.manifests import (
 
 WITH_TLS = [name for name in OVERLAYS if "+" in name]
 RULES = prometheusrule.RULES.read_text()
+GATE = (ROOT / "deploy" / "gateway" / "only_guarded.lua").read_text()
 
 
 def certificates(name: str) -> dict[str, Document]:
@@ -163,3 +166,9 @@ def test_with_the_gateway_triton_is_reached_through_it_alone(name: str) -> None:
     heap = re.search(r"max_heap_size_bytes: (\d+)", config)
     assert heap is not None
     assert int(heap[1]) < quantity(envoy["resources"]["limits"]["memory"])
+
+
+def test_the_gateway_knows_the_monitors_by_their_certificate() -> None:
+    (mark, subject) = re.findall(r'"([^"]*)"', next(line for line in GATE.splitlines() if "CANARY, MONITOR =" in line))
+    assert mark == CANARY_KEY
+    assert subject == f"CN={certificates('cpu+gateway')['stripwire-client-tls']['commonName']}"
