@@ -1097,9 +1097,7 @@ def quarantine_remove(
     from client.quarantine import QuarantineClient
 
     with QuarantineClient(monitor, feedback_token) as client:
-        for request_id in request_ids:
-            client.find(request_id)  # or nothing is removed
-        removed = sum(client.remove(request_id) for request_id in request_ids)
+        removed = client.remove(*request_ids)
     say(f"{removed} removed.")
 
 

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.api import GuardedClient
-from deploy.background import running
+from deploy.background import find_program, running
 from deploy.embedded.server import EmbeddedTriton, choose_ports
-from deploy.prometheus.local import RULES, LocalPrometheus, find_program, hasty, local_prometheus
+from deploy.prometheus.local import PACKAGE, RULES, LocalPrometheus, hasty, local_prometheus
 from detector.errors import ServerError
 from exporter.badnet import TEST_FILE, BadNetOptions, cached_badnet, trojaned_file
 from exporter.canaries import canaries_for
@@ -183,7 +183,7 @@ def watch(ports: dict[str, int], *, identities: int, seed: int, on_progress: Pro
     Raises:
         StripwireError: a part could not be had or started.
     """
-    find_program()  # before the long work
+    find_program("prometheus", PACKAGE)  # before the long work
     ports = choose_ports("127.0.0.1", ports)
     options = BadNetOptions.sized(identities, attacks=((FIRST, 0), (SECOND, 1)), seed=seed)
     badnet = cached_badnet(options, on_progress=on_progress).folder

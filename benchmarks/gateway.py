@@ -25,18 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.files import write_whole
-from benchmarks.scaling import ask, turn
+from benchmarks.scaling import ask, export_faces, turn
 from benchmarks.speed.__main__ import RESULTS, hardware
+from deploy.background import find_program
 from deploy.embedded.server import EmbeddedTriton
 from deploy.embedded.tls import ServerTls
 from deploy.gateway.local import local_gateway
-from detector.calibration import ThresholdRule
-from detector.errors import SetupError
-from exporter.badnet import MODEL_FILE, TEST_FILE, VALIDATION_FILE, BadNetOptions, cached_badnet
 from exporter.entropies import OnProgress
-from exporter.export import Data, ExportOptions, export
-from exporter.repair import RepairOptions
-from samples.hdf5 import read_hdf5
 from stripwire import progress
 
 DIRECT, TLS, GATEWAY = "directly", "TLS by Triton", "TLS by the gateway"
@@ -53,14 +48,10 @@ def run(
     output: Annotated[Path, typer.Option(help="Folder for gateway.json.")] = RESULTS,
 ) -> None:
     """Measure, print a table, and write gateway.json."""
-    badnet = cached_badnet(BadNetOptions()).folder
     found: dict[str, Any] = {"hardware": hardware(), "load_average": os.getloadavg()[0], "seconds": seconds}
     with progress() as report, tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "repository"
-        rule = ThresholdRule(detector="strip")
-        options = ExportOptions(repair=RepairOptions(method="none"), rule=rule, layout="fused")
-        export(badnet / MODEL_FILE, Data(badnet / VALIDATION_FILE), repository, options)
-        found["loads"] = compare(repository, read_hdf5(badnet / TEST_FILE).images, LOADS, rounds, seconds, report)
+        found["loads"] = compare(repository, export_faces(repository), LOADS, rounds, seconds, report)
     write_whole(output / "gateway.json", (json.dumps(found, indent=1) + "\n").encode())
     show(found)
 
@@ -116,9 +107,7 @@ def compare(
 
 def write_certificate(folder: Path) -> Path:
     """Write a certificate that is its own authority, for both sides, into a new folder, and return that."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        raise SetupError("there is no openssl, which makes the certificates: apt-get install openssl")
+    openssl = find_program("openssl", "Debian's package: apt-get install openssl")
     folder.mkdir()
     kind = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
     name = ("-subj", "/CN=benchmark", "-addext", "subjectAltName=IP:127.0.0.1")

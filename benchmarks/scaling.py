@@ -61,15 +61,11 @@ def run(
     output: Annotated[Path, typer.Option(help="Folder for scaling.json.")] = RESULTS,
 ) -> None:
     """Measure, print a table, and write scaling.json."""
-    badnet = cached_badnet(BadNetOptions()).folder
-    pool = read_hdf5(badnet / TEST_FILE).images
     found: dict[str, Any] = {"hardware": hardware(), "load_average": os.getloadavg()[0]}
     found |= {"seconds": seconds, "callers": callers, "batch": batch}
     with progress() as report, tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "repository"
-        rule = ThresholdRule(detector="strip")
-        options = ExportOptions(repair=RepairOptions(method="none"), rule=rule, layout="fused")
-        export(badnet / MODEL_FILE, Data(badnet / VALIDATION_FILE), repository, options)
+        pool = export_faces(repository)
         requests = [pool[start : start + batch] for start in range(0, len(pool) - batch + 1, batch)]
         found["throughput"] = {
             setting: throughput(repository, requests, callers, rounds, seconds, setting == PINNED, report)
@@ -81,6 +77,22 @@ def run(
             report("A server ends", number + 1, 6)
     write_whole(output / "scaling.json", (json.dumps(found, indent=1) + "\n").encode())
     show(found)
+
+
+def export_faces(repository: Path) -> NDArray[np.uint8]:
+    """Export the network of 100 people for detector `strip`, layout `fused`, and return faces to ask it about.
+
+    Args:
+        repository: to write.
+
+    Returns:
+        (count, height, width, channels), uint8.
+    """
+    badnet = cached_badnet(BadNetOptions()).folder
+    rule = ThresholdRule(detector="strip")
+    options = ExportOptions(repair=RepairOptions(method="none"), rule=rule, layout="fused")
+    export(badnet / MODEL_FILE, Data(badnet / VALIDATION_FILE), repository, options)
+    return read_hdf5(badnet / TEST_FILE).images
 
 
 def throughput(

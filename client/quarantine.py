@@ -171,18 +171,18 @@ class QuarantineClient(MonitorClient):
         feedback = {"request_id": key, "truth": truth, "verdict": "rejected"}
         return self.ask("POST", "/v1/feedback", json=feedback).status_code == 201
 
-    def remove(self, request_id: str) -> int:
-        """Remove the inputs of a name for good; return how many there were. What was recorded of them stays.
+    def remove(self, *request_ids: str) -> int:
+        """Remove the inputs of all these names for good; return how many there were. What was recorded of them stays.
 
         Raises:
-            InputError: there is none of that name, or no more.
+            InputError: there is none of one of the names, or no more; then nothing is removed.
             ServerError: no usable answer, or the monitor may not write the folder.
         """
-        found = self.named(request_id)
-        for about in found:
+        keys = {about["key"] for request_id in request_ids for about in self.named(request_id)}
+        for key in keys:
             # Where it has gone meanwhile, what was wanted holds.
-            self.ask("DELETE", f"/v1/quarantine/{quote(about['key'], safe='')}", fine=(404,))
-        return len(found)
+            self.ask("DELETE", f"/v1/quarantine/{quote(key, safe='')}", fine=(404,))
+        return len(keys)
 
     def _named(self, request_id: str, limit: int) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.json(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +13,26 @@ from pathlib import Path
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from deploy.embedded.launch import bound_to_us
-from detector.errors import ServerStartError
+from detector.errors import ServerStartError, SetupError
 
 _START_SECONDS = 60.0
 _END_SECONDS = 60.0
+
+
+def find_program(name: str, package: str) -> str:
+    """Return the path of a program, of the virtual environment or of the machine.
+
+    Args:
+        name: of the program.
+        package: that has it, and how to install that, for errors.
+
+    Raises:
+        SetupError: it is not installed.
+    """
+    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if found is None:
+        raise SetupError(f"there is no {name}, expected the one of {package}")
+    return found
 
 
 @contextmanager

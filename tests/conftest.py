@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
+from deploy.background import find_program
+from detector.errors import SetupError
 
 if TYPE_CHECKING:
     from deploy.embedded.server import EmbeddedTriton
@@ -27,10 +28,11 @@ def skip_or_fail(reason: str) -> None:
 
 def program(name: str, remedy: str) -> str:
     """Return the path of a program, of the virtual environment or of the machine; skip or fail where there is none."""
-    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if found is None:
+    try:
+        return find_program(name, remedy)
+    except SetupError:
         skip_or_fail(f"{name} is missing; {remedy} has it")
-    return str(found)
+        raise
 
 
 def wait_for(happened: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -14,8 +14,7 @@ import psutil
 import pytest
 
 from deploy.prometheus.local import RULES, hasty
-from tests.conftest import wait_for
-from tests.deploy.grafana.scene import find
+from tests.conftest import program, wait_for
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +27,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def environment(tmp_path: Path, cache: Path) -> dict[str, str]:
-    find("prometheus")
+    program("prometheus", "apt-get install prometheus")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("STRIPWIRE_")}
     return kept | {
         "STRIPWIRE_CACHE_DIR": str(cache),

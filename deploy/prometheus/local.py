@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +11,12 @@ from typing import Any
 
 import httpx
 
-from deploy.background import running
-from detector.errors import ServerError, SetupError
+from deploy.background import find_program, running
+from detector.errors import ServerError
 
 RULES = Path(__file__).with_name("rules.yaml")
+PACKAGE = "Debian's package: apt-get install prometheus"
+"""Which has `prometheus` and `promtool`."""
 
 _CONFIGURATION = """
 global: {{scrape_interval: {interval}, evaluation_interval: {interval}}}
@@ -28,18 +29,6 @@ _JOB = """
 """
 
 Result = list[dict[str, Any]]
-
-
-def find_program(name: str = "prometheus") -> str:
-    """Return the path of a program of the package.
-
-    Raises:
-        SetupError: it is not installed.
-    """
-    path = shutil.which(name)
-    if path is None:
-        raise SetupError(f"there is no {name}, expected the one of Debian's package: apt-get install prometheus")
-    return path
 
 
 def hasty(rules: str) -> str:
@@ -105,7 +94,12 @@ def local_prometheus(
     if rules is not None:
         (folder / "rules.yaml").write_text(rules, encoding="utf-8")
     address = f"127.0.0.1:{port}"
-    command = [find_program(), "--config.file=prometheus.yml", "--storage.tsdb.path=data", "--log.level=warn"]
+    command = [
+        find_program("prometheus", PACKAGE),
+        "--config.file=prometheus.yml",
+        "--storage.tsdb.path=data",
+        "--log.level=warn",
+    ]
     command.append(f"--web.listen-address={address}")
     with httpx.Client(base_url=f"http://{address}", timeout=30, trust_env=False) as http:
 

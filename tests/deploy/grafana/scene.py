@@ -14,31 +14,21 @@ from numpy.typing import NDArray
 
 from client.api import GuardedClient
 from deploy.embedded.server import EmbeddedTriton, choose_ports
-from deploy.prometheus.local import LocalPrometheus, find_program, local_prometheus
-from detector.errors import SetupError
+from deploy.prometheus.local import LocalPrometheus, local_prometheus
 from exporter.canaries import canaries_for
 from model_repository.manifest import read_manifest
 from samples.canaries import choose_canaries, write_canaries
 from samples.hdf5 import read_hdf5
 from tests.client.monitor.conftest import Monitor, monitoring
-from tests.conftest import skip_or_fail
+from tests.conftest import program
 
 Images = NDArray[np.uint8]
-
-
-def find(program: str) -> str:
-    """Return the path of a program of Debian's package `prometheus`; skip, or fail in CI, where there is none."""
-    try:
-        return find_program(program)
-    except SetupError as error:
-        skip_or_fail(str(error))
-        raise
 
 
 @contextmanager
 def prometheus(folder: Path, jobs: Mapping[str, str]) -> Iterator[LocalPrometheus]:
     """Run a Prometheus that scrapes `jobs`, addresses by name, once a second; all it writes is in `folder`."""
-    find("prometheus")
+    program("prometheus", "apt-get install prometheus")
     port = choose_ports("127.0.0.1", {"Prometheus": 0})["Prometheus"]
     with local_prometheus(folder, jobs, port=port) as running:
         yield running
@@ -109,7 +99,7 @@ def scene(server: EmbeddedTriton, repository: Path, data: Path, folder: Path) ->
         data: folder of a small BadNet's data.
         folder: an empty one, for what they write.
     """
-    find("prometheus")
+    program("prometheus", "apt-get install prometheus")
     clean = read_hdf5(data / "clean_test_data.h5").images
     trojaned = read_hdf5(data / "sunglasses_poisoned_data.h5").images
     manifest = read_manifest(repository)

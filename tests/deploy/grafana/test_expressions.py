@@ -17,9 +17,9 @@ from scipy.stats import binomtest
 from deploy.embedded.server import EmbeddedTriton
 from deploy.grafana import expressions as ask
 from deploy.prometheus.local import LocalPrometheus
-from tests.conftest import wait_for
+from tests.conftest import program, wait_for
 from tests.deploy.grafana import board
-from tests.deploy.grafana.scene import Scene, find, scene
+from tests.deploy.grafana.scene import Scene, scene
 
 NO_GPU = "the server of the tests has no GPU, and is told to export no metrics of any"
 EXEMPT = dict.fromkeys((ask.GPU_UTILISATION, ask.GPU_MEMORY_USED, ask.GPU_MEMORY_TOTAL), NO_GPU)
@@ -166,8 +166,13 @@ def answers(folder: Path, series: list[dict[str, str]], expected: list[tuple[str
     ]
     test = {"interval": "1m", "input_series": series, "promql_expr_test": questions}
     (folder / "test.yml").write_text(json.dumps({"evaluation_interval": "1m", "tests": [test]}))
+    promtool = program("promtool", "apt-get install prometheus")
     ended = subprocess.run(
-        [find("promtool"), "test", "rules", "test.yml"], cwd=folder, capture_output=True, text=True, check=False
+        [promtool, "test", "rules", "test.yml"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
