@@ -35,10 +35,16 @@ def program(name: str, remedy: str) -> str:
         raise
 
 
-def wait_for(happened: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_for(
+    happened: Callable[[], bool],
+    seconds: float = 60.0,
+    *,
+    otherwise: Callable[[], object] = lambda: "it did not happen",
+) -> None:
+    """Wait until something has happened; fail where it does not in time, with what `otherwise` says then."""
     give_up_at = time.monotonic() + seconds
     while not happened():
-        assert time.monotonic() < give_up_at, "it did not happen in time"
+        assert time.monotonic() < give_up_at, otherwise()
         time.sleep(0.05)
 
 

@@ -40,6 +40,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model_repository/strip_entropy/model.py",
         "model_repository/strip_verdict/model.py",
         "deploy/embedded/launch.py",
+        "deploy/embedded/leftovers.py",
         "client/monitor/page/page.html",
         "client/monitor/page/page.js",
         "deploy/grafana/stripwire.json",

@@ -78,7 +78,7 @@ def test_the_rates_and_the_alert_follow_the_attack_and_ctrl_c_stops_all(
     assert process.returncode == 0
     assert text.endswith("Stopping.\n")
     assert [*tmp_path.glob("stripwire-watch-*"), *tmp_path.glob("stripwire-triton-*")] == []
-    wait_for(lambda: survivors(tmp_path) == [])
+    wait_for(lambda: survivors(tmp_path) == [], otherwise=lambda: survivors(tmp_path))
 
 
 def survivors(folder: Path) -> list[str]:
@@ -103,7 +103,7 @@ def test_when_it_is_killed_nothing_goes_on(environment: dict[str, str], tmp_path
         assert "inputs/s" in said[-1], "".join(said)
         assert len(survivors(tmp_path)) >= 3  # Triton, the monitor, Prometheus
         process.kill()
-        wait_for(lambda: survivors(tmp_path) == [])
+        wait_for(lambda: survivors(tmp_path) == [], otherwise=lambda: survivors(tmp_path))
 
 
 def test_what_is_shortened_are_windows_and_waits_alone() -> None:

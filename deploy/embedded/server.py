@@ -32,6 +32,7 @@ import psutil
 
 from deploy.embedded.control_file import write_control_token
 from deploy.embedded.launch import bound_to_us
+from deploy.embedded.leftovers import Leftovers
 from deploy.embedded.tls import ServerTls
 from detector.errors import InputError, ServerError, ServerStartError, SetupError
 from detector.quarantine import FOLDER_VARIABLE, prepare
@@ -39,7 +40,6 @@ from detector.serving import CONTROL_KEY, CONTROL_RULE, MODES, SENTINEL, is_cont
 from model_repository.manifest import verify_repository
 
 _BACKENDS = Path(__file__).parent / "backends"
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  the place where Triton's Python backend keeps its regions, not a temp file
 _WORK_PREFIX = "stripwire-triton-"
 _LOOPBACK = "127.0.0.1"
 _DRAIN_SECONDS = 10.0
@@ -181,7 +181,7 @@ class EmbeddedTriton:
 
     The repository is verified against its manifest first. Entering waits until every model is ready; leaving stops the
     server and its Python stubs. Should this process die, or the thread that started the server end, the kernel tells
-    the server to stop: start it from a thread that outlives it.
+    the server to stop (start it from a thread that outlives it), and what it leaves is removed, too.
 
     Args:
         repository: a model repository written by `stripwire export`.
@@ -232,9 +232,9 @@ class EmbeddedTriton:
         self.quarantine = None if quarantine is None else quarantine.resolve()
         self._startup_timeout_seconds = startup_timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
-        self._work_folder: Path | None = None
         self._token_file: Path | None = None
-        self.region_prefix = f"stripwire-{uuid4().hex[:12]}-"
+        self._heir: subprocess.Popen[bytes] | None = None
+        self._leftovers = Leftovers(Path(tempfile.gettempdir()) / f"{_WORK_PREFIX}{os.getpid()}-{uuid4().hex[:12]}")
 
     @property
     def http_address(self) -> str:
@@ -258,6 +258,11 @@ class EmbeddedTriton:
             raise ServerError("the embedded Triton is not running")
         return self._process.pid
 
+    @property
+    def region_prefix(self) -> str:
+        """How the names of its regions of shared memory begin."""
+        return self._leftovers.region_prefix
+
     def __enter__(self) -> EmbeddedTriton:
         self.start()
         return self
@@ -280,10 +285,11 @@ class EmbeddedTriton:
                 ) from error
         triton = find_triton()
         _sweep_work_folders()
-        self._work_folder = Path(tempfile.mkdtemp(prefix=f"{_WORK_PREFIX}{os.getpid()}-"))
+        self._leftovers.folder.mkdir(mode=0o700)
         try:
             self._token_file = write_control_token(self._ports["gRPC"], self.control_token)
-            self._launch(triton, self._work_folder)
+            self._process = self._launch(triton, self._leftovers.folder)
+            self._heir = self._leftovers.left_to_an_heir(self._process.pid, self._token_file)
             self._wait_until_ready()
         except BaseException:
             self.stop()
@@ -318,13 +324,11 @@ class EmbeddedTriton:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        if self._work_folder is not None:
-            _end_stubs(self._work_folder, timeout_seconds=5)
-        for region in _SHARED_MEMORY.glob(f"{self.region_prefix}*"):
-            region.unlink(missing_ok=True)
-        folder, self._work_folder = self._work_folder, None
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        self._leftovers.remove()
+        heir, self._heir = self._heir, None
+        if heir is not None:
+            with heir:
+                heir.kill()
 
     def _drain(self, process: subprocess.Popen[bytes]) -> None:
         """Have the server turn new requests away and answer those that it has, for as long as that may take.
@@ -352,11 +356,12 @@ class EmbeddedTriton:
 
     def server_log(self) -> str:
         """Return what the server has printed so far."""
-        if self._work_folder is None:
+        try:
+            return (self._leftovers.folder / "server.log").read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:  # it does not run
             return ""
-        return (self._work_folder / "server.log").read_text(encoding="utf-8", errors="replace")
 
-    def _launch(self, triton: TritonInstallation, work_folder: Path) -> None:
+    def _launch(self, triton: TritonInstallation, work_folder: Path) -> subprocess.Popen[bytes]:
         backends = work_folder / "backends"
         shutil.copytree(_BACKENDS, backends, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(triton.python_backend, backends / "python", ignore=shutil.ignore_patterns("__pycache__"))
@@ -392,7 +397,7 @@ class EmbeddedTriton:
         if self.mode != "block":
             command.append(f"--model-config-name={self.mode}")
         with (work_folder / "server.log").open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: S603  our own command line, no shell
+            return subprocess.Popen(  # noqa: S603  our own command line, no shell
                 command,
                 cwd=work_folder,  # Python looks for modules where it is started: nobody else's are to be found there
                 stdin=subprocess.DEVNULL,
@@ -459,8 +464,7 @@ def _sweep_work_folders() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{_WORK_PREFIX}*"):
         owner = folder.name.removeprefix(_WORK_PREFIX).split("-")[0]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            _end_stubs(folder, timeout_seconds=0)
-            shutil.rmtree(folder, ignore_errors=True)
+            Leftovers(folder).remove(patience_seconds=0)
 
 
 def choose_ports(host: str, wanted: Mapping[str, int]) -> dict[str, int]:
@@ -522,19 +526,3 @@ def _environment(triton: TritonInstallation, quarantine: Path | None = None) -> 
     # The stub takes the folders of its Python, and of its virtual environment, from the first `python3` on the path.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     return environment
-
-
-def _end_stubs(folder: Path, timeout_seconds: float) -> None:
-    """Wait for the Python processes of a server, which run from its folder, and kill those that go on.
-
-    They outlive a server that was killed, and hold a model each.
-    """
-    stubs = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, IndexError):
-            if process.cmdline()[0].startswith(f"{folder}/"):
-                stubs.append(process)
-    _, alive = psutil.wait_procs(stubs, timeout=timeout_seconds)
-    for survivor in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            survivor.kill()
