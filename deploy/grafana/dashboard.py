@@ -200,15 +200,24 @@ def _health() -> list[Panel]:
         _states(
             "Ready and live",
             "What the monitor says of each pod: ready while canaries get verdicts, live while a restart is not called "
-            "for.",
+            "for, and whether the server takes its control token, without which it loads no broken model again (absent "
+            "where it has none).",
             Query(ask.IS_READY, "ready {{pod}}"),
             Query(ask.IS_LIVE, "live {{pod}}"),
+            Query(ask.TAKES_CONTROL_TOKEN, "control {{pod}}"),
         ),
         _lines(
             "Models loaded again",
             "How often the monitor loaded a broken model again. Its metric says why, too.",
             "short",
             Query(ask.RELOADS, "{{model}}"),
+        ),
+        _lines(
+            "Certificates last for",
+            "How long until the server's certificate, and the monitor's own, end; of several pods, the first that "
+            "does. Absent without TLS. StripwireCertificateExpires fires at 14 days.",
+            "d",
+            Query(ask.CERTIFICATE_DAYS, "{{certificate}}"),
         ),
     ]
 

@@ -141,6 +141,8 @@ CANARY_MEDIAN_SECONDS = quantile(0.5, "stripwire_canary_seconds")
 CANARY_P99_SECONDS = quantile(0.99, "stripwire_canary_seconds")
 IS_READY = f"min by (pod) ({selected('stripwire_ready')})"
 IS_LIVE = f"min by (pod) ({selected('stripwire_live')})"
+TAKES_CONTROL_TOKEN = f"min by (pod) ({selected('stripwire_model_control')})"
+CERTIFICATE_DAYS = f"min by (certificate) ({selected('stripwire_certificate_not_after_seconds')} - time()) / 86400"
 RELOADS = added("stripwire_model_reloads_total", by="model", over=_RECENT)
 
 # Feedback.

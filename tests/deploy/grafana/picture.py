@@ -24,7 +24,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MultipleLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from deploy.embedded.server import EmbeddedTriton
 from deploy.prometheus.local import LocalPrometheus
 from exporter.badnet import BadNetOptions, train_badnet
 from exporter.export import Data, ExportOptions, export
@@ -177,6 +176,8 @@ def _formatter(unit: str) -> Any:
         return FuncFormatter(lambda value, _: f"{value / 1000:g} ms")
     if unit == "short":
         return FuncFormatter(lambda value, _: f"{value:g}")
+    if unit == "d":
+        return FuncFormatter(lambda value, _: f"{value:g} days")
     return EngFormatter({"s": "s", "bytes": "B", "reqps": "req/s"}.get(unit, ""))
 
 
@@ -199,10 +200,7 @@ def main() -> None:
             repository,
             ExportOptions(),
         )
-        with (
-            EmbeddedTriton(repository, quarantine=folder / "quarantine") as server,
-            scene(server, repository, data, folder) as running,
-        ):
+        with scene(repository, data, folder) as running:
             start = time.time()
             wait_until(start + options.seconds / 3)
             running.traffic.share = 0.5

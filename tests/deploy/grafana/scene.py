@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.api import GuardedClient
+from client.connection import TlsOptions
 from deploy.embedded.server import EmbeddedTriton, choose_ports
+from deploy.embedded.tls import ServerTls
 from deploy.prometheus.local import LocalPrometheus, local_prometheus
 from exporter.canaries import canaries_for
 from model_repository.manifest import read_manifest
@@ -21,6 +23,7 @@ from samples.canaries import choose_canaries, write_canaries
 from samples.hdf5 import read_hdf5
 from tests.client.monitor.conftest import Monitor, monitoring
 from tests.conftest import program
+from tests.deploy.embedded.certificates import write_certificates
 
 Images = NDArray[np.uint8]
 
@@ -38,7 +41,7 @@ class Traffic(threading.Thread):
     """Sends images, and gives feedback on some, until it is told to stop.
 
     Args:
-        server: that images are sent to.
+        client: that images are sent by.
         monitor: that feedback is given to.
         clean: images.
         trojaned: images.
@@ -46,11 +49,11 @@ class Traffic(threading.Thread):
     """
 
     def __init__(
-        self, server: EmbeddedTriton, monitor: Monitor, clean: Images, trojaned: Images, share: float = 0.1
+        self, client: GuardedClient, monitor: Monitor, clean: Images, trojaned: Images, share: float = 0.1
     ) -> None:
         super().__init__(name="traffic")
         self.share = share
-        self._server, self._monitor = server, monitor
+        self._client, self._monitor = client, monitor
         self._pools = {"clean": clean, "trojaned": trojaned}
         self._generator = np.random.default_rng(0)
         self._ended = threading.Event()
@@ -62,18 +65,18 @@ class Traffic(threading.Thread):
 
     def run(self) -> None:
         """Send a batch, give feedback on one image of it, and so on."""
-        with GuardedClient(self._server.grpc_address) as client:
-            number = 0
-            while not self._ended.wait(0.05):
-                trojaned = self._generator.random(4) < self.share
-                truths = ["trojaned" if each else "clean" for each in trojaned]
-                verdicts = client.classify(np.stack([self._generator.choice(self._pools[truth]) for truth in truths]))
-                known = int(np.argmax(trojaned))
-                verdict = "rejected" if verdicts.trojaned[known] else "accepted"
-                number += 1
-                self._monitor.give(request_id=f"request-{number}", truth=truths[known], verdict=verdict)
-                if number % 20 == 0:
-                    self._monitor.give(request_id=f"request-{number}", truth="neither", verdict=verdict)
+        number = 0
+        while not self._ended.wait(0.05):
+            trojaned = self._generator.random(4) < self.share
+            truths = ["trojaned" if each else "clean" for each in trojaned]
+            images = np.stack([self._generator.choice(self._pools[truth]) for truth in truths])
+            verdicts = self._client.classify(images)
+            known = int(np.argmax(trojaned))
+            verdict = "rejected" if verdicts.trojaned[known] else "accepted"
+            number += 1
+            self._monitor.give(request_id=f"request-{number}", truth=truths[known], verdict=verdict)
+            if number % 20 == 0:
+                self._monitor.give(request_id=f"request-{number}", truth="neither", verdict=verdict)
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,13 @@ class Scene:
 
 
 @contextmanager
-def scene(server: EmbeddedTriton, repository: Path, data: Path, folder: Path) -> Iterator[Scene]:
-    """Run a monitor, a Prometheus and traffic beside a server.
+def scene(repository: Path, data: Path, folder: Path) -> Iterator[Scene]:
+    """Run a server with mutual TLS, a monitor, a Prometheus and traffic.
 
     Args:
-        server: the server.
-        repository: that it serves.
+        repository: that is served.
         data: folder of a small BadNet's data.
-        folder: an empty one, for what they write.
+        folder: for what they write.
     """
     program("prometheus", "apt-get install prometheus")
     clean = read_hdf5(data / "clean_test_data.h5").images
@@ -108,16 +110,28 @@ def scene(server: EmbeddedTriton, repository: Path, data: Path, folder: Path) ->
     if canaries.far_upper is None:  # an export without trojaned images knows none
         canaries = replace(canaries, far_upper=0.05)
     write_canaries(folder / "canaries.npz", canaries)
-    options: list[str | Path] = ["--canaries-per-minute", "240", "--quarantine", server.quarantine or folder]
-    with monitoring(folder / "canaries.npz", server.grpc_address, *options) as monitor:
-        jobs = {"triton": server.metrics_address, "monitor": monitor.http.base_url.netloc.decode()}
-        with prometheus(folder, jobs) as running:
-            traffic = Traffic(server, monitor, clean, trojaned)
-            traffic.start()
-            try:
-                yield Scene(running, traffic)
-            finally:
-                traffic.stop()
+    write_certificates(folder)
+    ours = TlsOptions(folder / "ca.crt", folder / "client.key", folder / "client.crt")
+    options: list[str | Path] = ["--canaries-per-minute", "240", "--quarantine", folder / "quarantine"]
+    options += ["--tls-ca", folder / "ca.crt", "--tls-key", folder / "client.key", "--tls-cert", folder / "client.crt"]
+    with (
+        EmbeddedTriton(
+            repository,
+            tls=ServerTls(folder / "server.crt", folder / "server.key", folder / "ca.crt"),
+            quarantine=folder / "quarantine",
+        ) as server,
+        monitoring(folder / "canaries.npz", server.grpc_address, *options) as monitor,
+        prometheus(
+            folder, {"triton": server.metrics_address, "monitor": monitor.http.base_url.netloc.decode()}
+        ) as running,
+        GuardedClient(server.grpc_address, tls=ours) as client,
+    ):
+        traffic = Traffic(client, monitor, clean, trojaned)
+        traffic.start()
+        try:
+            yield Scene(running, traffic)
+        finally:
+            traffic.stop()
 
 
 def wait_until(moment: float) -> None:

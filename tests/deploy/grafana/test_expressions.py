@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest
 
-from deploy.embedded.server import EmbeddedTriton
 from deploy.grafana import expressions as ask
 from deploy.prometheus.local import LocalPrometheus
 from tests.conftest import program, wait_for
@@ -28,10 +27,8 @@ TARGETS = [target for panel in board.panels() for target in board.targets(panel)
 
 
 @pytest.fixture(scope="module")
-def running(
-    server: EmbeddedTriton, repository: Path, badnet: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Scene]:
-    with scene(server, repository, badnet, tmp_path_factory.mktemp("scene")) as ready:
+def running(repository: Path, badnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with scene(repository, badnet, tmp_path_factory.mktemp("scene")) as ready:
         yield ready
 
 
@@ -99,6 +96,16 @@ def test_shares_and_intervals_are_in_their_bounds(running: Scene) -> None:
     wait_for(lambda: 0 < number(asked, ask.REJECTION_RATE) < 1)
     assert 0 <= number(asked, ask.DRIFT) <= 1
     assert number(asked, ask.BLENDS_PER_INPUT) == pytest.approx(10)
+
+
+def test_the_certificates_are_those_of_the_tests_and_the_control_token_is_taken(running: Scene) -> None:
+    remaining = {
+        series["metric"]["certificate"]: float(series["value"][1])
+        for series in running.prometheus.now(board.substituted(ask.CERTIFICATE_DAYS))
+    }
+    assert remaining.keys() == {"server", "client"}
+    assert all(1.9 < days < 2 for days in remaining.values())
+    assert number(running.prometheus, ask.TAKES_CONTROL_TOKEN) == 1
 
 
 def test_the_server_counts_the_monitors_canaries_by_themselves(running: Scene) -> None:
