@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo watch test test-gpu lint bench dashboard check-dashboard prometheusrule clean
+.PHONY: help demo watch test test-gpu lint bench dashboard check-dashboard prometheusrule packages clean
 
 help:  ## Show what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,18 @@ check-dashboard: $(VENV)/.installed-dev  ## Check the dashboard against Grafana'
 
 prometheusrule: $(VENV)/.installed-dev  ## Write the rules of Prometheus as a manifest for Kubernetes; RUNBOOKS=URL links runbooks
 	$(BIN)/python -m deploy.kubernetes.prometheusrule $(if $(RUNBOOKS),--runbooks '$(RUNBOOKS)') $(if $(RULES),--plain '$(RULES)')
+
+PIN = $(BIN)/uv pip compile --universal --python-version 3.10 --generate-hashes --no-annotate --quiet \
+	--custom-compile-command 'make packages' --constraint constraints.txt
+PACKAGES := deploy/docker/packages
+
+packages: $(VENV)/.installed-dev  ## Pin the packages of the container images, with their hashes
+	echo setuptools | $(PIN) - --output-file $(PACKAGES)/build.txt
+	$(PIN) pyproject.toml --extra monitor --output-file $(PACKAGES)/monitor.txt
+	$(PIN) pyproject.toml --extra embedded --output-file $(PACKAGES)/embedded.txt
+	$(PIN) pyproject.toml --extra exporter --extra client --output-file $(PACKAGES)/exporter.txt
+	echo cupy-cuda12x | $(PIN) - pyproject.toml --output-file $(PACKAGES)/server-cupy-cuda12x.txt
+	echo cupy-cuda13x | $(PIN) - pyproject.toml --output-file $(PACKAGES)/server-cupy-cuda13x.txt
 
 clean:  ## Remove the virtual environment, caches and the demo's output
 	rm -rf $(VENV) build dist *.egg-info stripwire-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

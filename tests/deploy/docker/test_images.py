@@ -55,12 +55,6 @@ def test_an_image_runs_as_nobody_writes_no_bytecode_and_says_what_it_is(image: s
         assert f"org.opencontainers.image.{label}=" in text
 
 
-@pytest.mark.parametrize("image", ["server", "monitor", "embedded"])
-def test_tensorflow_is_in_the_exporter_alone(image: str) -> None:
-    extras = re.findall(r"\.whl\)\[(.*?)\]", "\n".join(stages().get(f"{image}-packages", ("", []))[1]))
-    assert not {"exporter", "all"} & {name for found in extras for name in found.split(",")}
-
-
 def test_the_default_images_are_pinned() -> None:
     defaults = re.findall(r"^ARG \w+_IMAGE=(\S+)$", DOCKERFILE.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(defaults) == 2
@@ -77,5 +71,5 @@ def test_the_build_gets_what_the_wheel_is_built_of_and_nothing_else() -> None:
         for found in re.findall(r"^(?:py-modules|include) = \[(.*)\]$", about, re.MULTILINE)
     )
     sources = {*(f"{name}.py" for name in modules), *(name.rstrip("*") for name in packages)}
-    assert allowed == sources | {"pyproject.toml", "constraints.txt", "README.md", "LICENSE"}
+    assert allowed == sources | {"pyproject.toml", "README.md", "LICENSE"}
     assert "*" in lines
