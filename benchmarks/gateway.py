@@ -32,7 +32,7 @@ from deploy.embedded.server import EmbeddedTriton
 from deploy.embedded.tls import ServerTls
 from deploy.gateway.local import local_gateway
 from exporter.entropies import OnProgress
-from stripwire import progress
+from stripwire.terminal import progress
 
 DIRECT, TLS, GATEWAY = "directly", "TLS by Triton", "TLS by the gateway"
 LOADS = ((1, 1), (8, 8), (32, 4))

@@ -38,7 +38,7 @@ from exporter.entropies import OnProgress
 from exporter.export import Data, ExportOptions, export
 from exporter.repair import RepairOptions
 from samples.hdf5 import read_hdf5
-from stripwire import progress
+from stripwire.terminal import progress
 
 FREE, PINNED = "all cores for everybody", "one core each"
 _RETRIES = {

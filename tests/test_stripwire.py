@@ -21,7 +21,6 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-import stripwire
 from client.api import GuardedClient
 from deploy.embedded.server import EmbeddedTriton
 from detector.calibration import METHODS, Calibration, calibrate
@@ -40,7 +39,12 @@ from model_repository.manifest import verify_repository
 from samples.attacks import ATTACKS
 from samples.canaries import read_canaries
 from samples.hdf5 import read_hdf5
+from stripwire import options, terminal
+from stripwire.__main__ import main
+from stripwire.commands import ask
+from stripwire.results import thresholds
 
+ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("demo", "train-badnet", "train-badnet-on", "export", "verify", "serve"),
     *("calibrate", "rollback", "reload", "classify", "evaluate", "canaries", "monitor"),
@@ -54,7 +58,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     monkeypatch.setattr("sys.argv", ["stripwire", *map(str, arguments)])
     monkeypatch.setenv("COLUMNS", "160")
     with pytest.raises(SystemExit) as ended:
-        stripwire.main()
+        main()
     code = ended.value.code
     return code if isinstance(code, int) else int(code is not None)
 
@@ -171,7 +175,7 @@ def test_evaluate_shows_what_it_reads_and_what_was_noticed(
     shown = {"images": trojaned.images * np.float32(0.5), "labels": trojaned.labels, "true_labels": trojaned.labels}
     np.savez(tmp_path / "trojaned.npz", **shown)
     screen = Console(file=io.StringIO(), force_terminal=True, width=400)
-    monkeypatch.setattr(stripwire, "errors", screen)
+    monkeypatch.setattr(terminal, "errors", screen)
     files = ("--clean", badnet / "clean_test_data.h5", "--trojaned", tmp_path / "trojaned.npz")
     assert run(monkeypatch, "evaluate", *files, "--url", server.grpc_address, "--json") == 0
     assert json.loads(capsys.readouterr().out)["guarded"]["false_acceptance"]["count"] == 55
@@ -247,9 +251,10 @@ def test_a_mistake_ends_in_one_message_and_no_traceback(
 
 
 REFUSED = """
-import stripwire, sys
+import sys
+from stripwire.__main__ import main
 try:
-    stripwire.main()
+    main()
 finally:
     print(sorted({"keras", "tensorflow"} & set(sys.modules)))
 """
@@ -316,12 +321,57 @@ def test_ctrl_c_ends_a_command_with_status_130(
         raise KeyboardInterrupt
 
     (tmp_path / "face.png").touch()
-    monkeypatch.setattr(stripwire, "connect", interrupted)
+    monkeypatch.setattr(ask, "connect", interrupted)
     monkeypatch.setattr(sys, "argv", ["stripwire", "classify", str(tmp_path / "face.png")])
     with pytest.raises(SystemExit) as ended:
-        stripwire.main()
+        main()
     assert ended.value.code == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+LOADING = """
+import sys
+
+class Loading:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            raise {raised}
+
+sys.meta_path.insert(0, Loading())
+from stripwire.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        ("KeyboardInterrupt", 130, ""),
+        (
+            "ModuleNotFoundError(name=name)",
+            1,
+            "error: the command line needs typer: pip install 'stripwire[all]' (or a part of it)\n",
+        ),
+    ],
+)
+def test_what_happens_while_modules_are_loaded_is_no_traceback(raised: str, status: int, said: str) -> None:
+    code = LOADING.format(raised=raised)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (status, said)
+
+
+@pytest.mark.parametrize("started_as", ["python -m stripwire", "stripwire, which is not on the path"])
+def test_commands_to_copy_work_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], started_as: str
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    beside = str(Path(sys.executable).with_name("stripwire"))
+    module = str(ROOT / "stripwire" / "__main__.py")
+    monkeypatch.setattr("sys.argv", [module if started_as.startswith("python") else beside])
+    terminal.command("--version")
+    copied = capsys.readouterr().out.split()
+    ended = subprocess.run(copied, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == version("stripwire")
 
 
 def kinds(error: type[StripwireError]) -> Iterator[type[StripwireError]]:
@@ -337,7 +387,7 @@ def test_the_exit_status_tells_what_cannot_be_used_from_what_fails(
     def fail() -> None:
         raise error("what: got one thing, expected another")
 
-    monkeypatch.setattr(stripwire, "app", fail)
+    monkeypatch.setattr("stripwire.app.app", fail)
     assert run(monkeypatch) == (2 if issubclass(error, InputError) else 1)
     assert capsys.readouterr().err == "error: what: got one thing, expected another\n"
 
@@ -422,7 +472,7 @@ def test_what_makes_a_result_doubtful_is_said_loudly(
 def test_thresholds_are_said_with_their_units(plain_bits: float | None, nll: float | None, text: str) -> None:
     calibration = calibrate(Evidence(np.linspace(0.388, 2.0, 19)), 0.05)
     changed = dataclasses.replace(calibration, threshold_plain_bits=plain_bits, threshold_nll=nll)
-    assert stripwire.thresholds(changed) == text
+    assert thresholds(changed) == text
 
 
 def test_a_threshold_that_is_next_to_nothing_is_doubted(
@@ -496,17 +546,17 @@ def test_pictures_of_any_size_are_resized_for_a_badnet_of_them(
 
 
 def test_the_choices_of_the_command_line_are_those_of_the_packages() -> None:
-    assert get_args(stripwire.FaceAttack) == tuple(ATTACKS)
-    assert set(get_args(stripwire.Trigger)) <= set(ATTACKS)
-    assert get_args(stripwire.Network) == NETWORKS == tuple(BUILDERS)
-    assert get_args(stripwire.Scale) == tuple(SCALES)
-    assert get_args(stripwire.RepairMethod) == REPAIRS
-    assert get_args(stripwire.Augment) == AUGMENTS == tuple(AUGMENTATIONS)
-    assert get_args(stripwire.Optimizer) == OPTIMIZERS == tuple(LEARNING_RATES)
-    assert get_args(stripwire.Mode) == MODES
-    assert get_args(stripwire.CalibrationMethod) == METHODS
-    assert get_args(stripwire.OverlayChoice) == OVERLAY_CHOICES
-    assert get_args(stripwire.Architecture) == tuple(ARCHITECTURES)
+    assert get_args(options.FaceAttack) == tuple(ATTACKS)
+    assert set(get_args(options.Trigger)) <= set(ATTACKS)
+    assert get_args(options.Network) == NETWORKS == tuple(BUILDERS)
+    assert get_args(options.Scale) == tuple(SCALES)
+    assert get_args(options.RepairMethod) == REPAIRS
+    assert get_args(options.Augment) == AUGMENTS == tuple(AUGMENTATIONS)
+    assert get_args(options.Optimizer) == OPTIMIZERS == tuple(LEARNING_RATES)
+    assert get_args(options.Mode) == MODES
+    assert get_args(options.CalibrationMethod) == METHODS
+    assert get_args(options.OverlayChoice) == OVERLAY_CHOICES
+    assert get_args(options.Architecture) == tuple(ARCHITECTURES)
 
 
 @pytest.fixture

@@ -10,10 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = {
-    *("client", "deploy", "detector", "exporter", "model_repository", "samples"),
-    *("stripwire", "stripwire_demo", "stripwire_watch"),
-}
+OURS = {"client", "deploy", "detector", "exporter", "model_repository", "samples", "stripwire"}
 MAY_IMPORT = {
     "detector": set(),
     "model_repository": {"detector"},
@@ -49,7 +46,7 @@ def test_only_the_exporter_imports_tensorflow(folder: str) -> None:
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("stripwire", "tensorflow keras onnxruntime grpc matplotlib scipy"),
+        ("stripwire.app", "tensorflow keras onnxruntime grpc matplotlib scipy"),
         ("client.api, client.evaluation, samples.files", "tensorflow keras onnxruntime"),
         ("client.monitor.service", "tensorflow keras onnxruntime matplotlib scipy h5py"),
         (

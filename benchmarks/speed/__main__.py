@@ -26,7 +26,7 @@ from benchmarks.speed.served import soak as soak_server
 from exporter.badnet import TEST_FILE, BadNetOptions, cached_badnet, trojaned_file
 from exporter.entropies import OnProgress
 from samples.hdf5 import read_hdf5
-from stripwire import progress
+from stripwire.terminal import progress
 
 RESULTS = Path(__file__).parents[1] / "results"
 LOADS = (*(Load(batch, callers) for batch in (1, 8, 32) for callers in (1, 4, 16)), Load(32, 1, "1 % trojaned"))

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-import stripwire
 from detector.calibration import ThresholdRule
 from exporter.commands import commands
 from exporter.options import Data, ExportOptions, RepairOptions
 from exporter.preprocessing import Preprocessing
 from exporter.splits import PARTS
+from stripwire.app import app
 
 
 class _CaughtError(Exception):
@@ -59,5 +59,5 @@ def test_it_says_all_that_shapes_the_result(
 
     monkeypatch.setattr("exporter.export.export", catch)
     with pytest.raises(_CaughtError):
-        stripwire.app(export[1:], standalone_mode=False)
+        app(export[1:], standalone_mode=False)
     assert caught == [tmp_path / "net.keras", data, tmp_path / "out", options]

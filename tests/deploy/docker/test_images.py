@@ -66,10 +66,7 @@ def test_the_build_gets_what_the_wheel_is_built_of_and_nothing_else() -> None:
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     allowed = {line[1:] for line in lines if line.startswith("!")}
     about = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    modules, packages = (
-        re.findall(r'"(.*?)"', found)
-        for found in re.findall(r"^(?:py-modules|include) = \[(.*)\]$", about, re.MULTILINE)
-    )
-    sources = {*(f"{name}.py" for name in modules), *(name.rstrip("*") for name in packages)}
+    (packages,) = re.findall(r"^include = \[(.*)\]$", about, re.MULTILINE)
+    sources = {name.rstrip("*") for name in re.findall(r'"(.*?)"', packages)}
     assert allowed == sources | {"pyproject.toml", "README.md", "LICENSE"}
     assert "*" in lines

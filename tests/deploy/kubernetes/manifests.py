@@ -15,7 +15,7 @@ from typing import Any
 import typer
 import yaml
 
-import stripwire
+from stripwire.app import app
 from tests.conftest import program
 
 ROOT = Path(__file__).parents[3]
@@ -230,7 +230,7 @@ def parsed(arguments: list[str], root: Path) -> dict[str, Any]:
         if path.is_relative_to(root) and path.suffix in (".h5", ".npz"):
             path.parent.mkdir(exist_ok=True, parents=True)
             path.touch()
-    commands: Any = typer.main.get_command(stripwire.app)
+    commands: Any = typer.main.get_command(app)
     return dict(commands.commands[here[0]].make_context(here[0], here[1:]).params)
 
 

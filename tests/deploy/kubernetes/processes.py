@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.embedded import server as embedded
-from tests.deploy.kubernetes.manifests import ROOT, Document, environment, expanded, server
+from tests.deploy.kubernetes.manifests import Document, environment, expanded, server
 
 TOKENS = {key: f"the-token-for-{key}" for key in ("control", "feedback")}
-STRIPWIRE = [sys.executable, str(ROOT / "stripwire.py")]
+STRIPWIRE = [sys.executable, "-m", "stripwire"]
 
 
 @dataclass(frozen=True)
