@@ -6,7 +6,6 @@ The wheel brings the server and its Python backend. What it lacks, a backend `on
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -14,14 +13,11 @@ import secrets
 import shutil
 import socket
 import subprocess
-import sys
-import sysconfig
 import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
@@ -31,10 +27,11 @@ from uuid import uuid4
 import psutil
 
 from deploy.embedded.control_file import write_control_token
+from deploy.embedded.installation import TritonInstallation, find_triton
 from deploy.embedded.launch import bound_to_us
 from deploy.embedded.leftovers import Leftovers
 from deploy.embedded.tls import ServerTls
-from detector.errors import InputError, ServerError, ServerStartError, SetupError
+from detector.errors import InputError, ServerError, ServerStartError
 from detector.quarantine import FOLDER_VARIABLE, prepare
 from detector.serving import CONTROL_KEY, CONTROL_RULE, MODES, SENTINEL, is_control_token
 from model_repository.manifest import verify_repository
@@ -44,136 +41,6 @@ _WORK_PREFIX = "stripwire-triton-"
 _LOOPBACK = "127.0.0.1"
 _DRAIN_SECONDS = 10.0
 _RESTRICTED = f"model-repository,logging,trace:{CONTROL_KEY}"
-
-
-@dataclass(frozen=True)
-class TritonInstallation:
-    """What of Triton was found on this machine.
-
-    Attributes:
-        executable: the `tritonserver` binary.
-        python_backend: folder of the Python backend.
-        stub: the backend's stub for the running Python version.
-        library_folders: folders that the dynamic linker must search.
-    """
-
-    executable: Path
-    python_backend: Path
-    stub: Path
-    library_folders: tuple[Path, ...]
-
-
-def find_triton() -> TritonInstallation:
-    """Find the pip-installed Triton and all that its Python backend needs.
-
-    Raises:
-        SetupError: names what is missing on this machine and how to get it.
-    """
-    if sys.platform != "linux":
-        raise SetupError(
-            f"the embedded Triton: got {sys.platform}, expected Linux; use NVIDIA's Triton container image here"
-        )
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or spec.origin is None:
-        raise SetupError("the embedded Triton needs nvidia-pytriton: pip install 'stripwire[embedded]'")
-    check_stub_python()
-    package_folder = Path(spec.origin).parent
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    root = package_folder / "tritonserver"
-    stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
-    if not stub.is_file():
-        raise SetupError(
-            f"the embedded Triton: nvidia-pytriton has no stub for Python {version}; use Python 3.10 to 3.12"
-        )
-    return TritonInstallation(
-        executable=root / "bin" / "tritonserver",
-        python_backend=root / "backends" / "python",
-        stub=stub,
-        library_folders=(package_folder.parent / "nvidia_pytriton.libs", find_libpython(version).parent),
-    )
-
-
-_PROBE = """
-from importlib.util import find_spec
-import json, numpy, sys
-missing = [name for name in ("detector", "onnxruntime") if find_spec(name) is None]
-print(json.dumps({"python": "%d.%d" % sys.version_info[:2], "numpy": numpy.__version__, "missing": missing}))
-"""
-
-
-def check_stub_python() -> None:
-    """Check the Python that Triton's stubs will embed: the `python3` beside this one, isolated from its environment.
-
-    Raises:
-        SetupError: it lacks a package, is another Python version, or has a NumPy that the stub cannot read.
-    """
-    python = Path(sys.executable).with_name("python3")
-    try:
-        answer = subprocess.run(  # noqa: S603  our own interpreter and code
-            [python, "-I", "-c", _PROBE], capture_output=True, text=True, check=True, timeout=60
-        )
-        found = json.loads(answer.stdout)
-    except FileNotFoundError:
-        raise SetupError(
-            f"the embedded Triton: {python} was not found; run Stripwire from a virtual environment"
-        ) from None
-    except (subprocess.SubprocessError, ValueError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        raise SetupError(
-            f"the embedded Triton: {python} -I cannot import what the models need ({detail.strip().splitlines()[-1]}); "
-            "pip install 'stripwire[embedded]' in a virtual environment"
-        ) from error
-    check_stub_packages(found["python"], found["numpy"], found["missing"])
-
-
-def check_stub_packages(python: str, numpy: str, missing: list[str]) -> None:
-    """Raise SetupError unless what `check_stub_python` found can run the models."""
-    running = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if python != running:
-        raise SetupError(
-            f"the embedded Triton: the python3 beside {sys.executable} is {python}, expected {running}; run Stripwire "
-            "from a virtual environment"
-        )
-    if missing:
-        raise SetupError(
-            f"the embedded Triton: its Python cannot import {', '.join(missing)}; pip install 'stripwire[embedded]' in "
-            "a virtual environment (a user or --target installation is not seen there)"
-        )
-    if int(numpy.split(".", maxsplit=1)[0]) >= 2:
-        raise SetupError(
-            f"the embedded Triton: got NumPy {numpy}, expected 1.26 (with 2.x its Python backend returns empty tensors "
-            "without an error); pip install 'numpy<2'"
-        )
-
-
-def find_libpython(version: str, folders: tuple[str | None, ...] | None = None) -> Path:
-    """Return the shared library of Python `version` (`3.11`), which the stub links.
-
-    Args:
-        version: major and minor version.
-        folders: where to look; by default where this Python and the system keep libraries.
-
-    Raises:
-        SetupError: there is none.
-    """
-    if folders is None:
-        multiarch = sysconfig.get_config_var("MULTIARCH")
-        folders = (
-            sysconfig.get_config_var("LIBDIR"),
-            str(Path(sys.base_prefix) / "lib"),
-            f"/usr/lib/{multiarch}" if multiarch else None,
-            "/usr/lib/x86_64-linux-gnu",
-            "/usr/lib64",
-            "/usr/lib",
-        )
-    name = f"libpython{version}.so.1.0"
-    for folder in folders:
-        if folder and (path := Path(folder) / name).exists():
-            return path
-    raise SetupError(
-        f"the embedded Triton: {name} was not found, and its Python backend links it; install it (Debian, Ubuntu: "
-        f"apt-get install libpython{version}) or use a Python that was built with --enable-shared"
-    )
 
 
 class EmbeddedTriton:
@@ -396,6 +263,9 @@ class EmbeddedTriton:
             command += self._tls.options
         if self.mode != "block":
             command.append(f"--model-config-name={self.mode}")
+        environment = triton.environment()
+        if self.quarantine is not None:
+            environment[FOLDER_VARIABLE] = str(self.quarantine)
         with (work_folder / "server.log").open("wb") as log:
             return subprocess.Popen(  # noqa: S603  our own command line, no shell
                 command,
@@ -403,7 +273,7 @@ class EmbeddedTriton:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(triton, self.quarantine),
+                env=environment,
                 start_new_session=True,
             )
 
@@ -511,18 +381,3 @@ def error_lines(log: str, most: int = 20) -> str:
     lines = [line for line in log.splitlines() if line.strip()]
     telling = [line for line in lines if _ERROR_LINE.search(line)]
     return "\n".join((telling or lines)[-most:]) or "(it printed nothing)"
-
-
-def _environment(triton: TritonInstallation, quarantine: Path | None = None) -> dict[str, str]:
-    environment = dict(os.environ)
-    if quarantine is not None:
-        environment[FOLDER_VARIABLE] = str(quarantine)
-    libraries = [str(folder) for folder in triton.library_folders]
-    if inherited := environment.get("LD_LIBRARY_PATH"):
-        libraries.append(inherited)
-    environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
-    if importlib.util.find_spec("cupy") is None:
-        environment["CUDA_VISIBLE_DEVICES"] = ""  # the models need CuPy to run on a GPU: keep to the CPU without it
-    # The stub takes the folders of its Python, and of its virtual environment, from the first `python3` on the path.
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
-    return environment

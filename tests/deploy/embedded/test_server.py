@@ -19,15 +19,8 @@ import psutil
 import pytest
 import tritonclient.grpc as triton_grpc
 
-from deploy.embedded.server import (
-    EmbeddedTriton,
-    check_stub_packages,
-    choose_ports,
-    error_lines,
-    find_libpython,
-    find_triton,
-)
-from detector.errors import InputError, RepositoryError, ServerError, ServerStartError, SetupError
+from deploy.embedded.server import EmbeddedTriton, choose_ports, error_lines
+from detector.errors import InputError, RepositoryError, ServerError, ServerStartError
 from model_repository.manifest import read_manifest, write_manifest
 from tests.networks import write_small_repository
 
@@ -192,34 +185,6 @@ def test_free_ports_are_all_different() -> None:
 def test_an_unknown_mode_is_refused(repository: Path) -> None:
     with pytest.raises(InputError, match="mode: got 'off', expected one of block, shadow"):
         EmbeddedTriton(repository, mode="off")
-
-
-def test_a_missing_libpython_is_named_with_the_package_to_install(tmp_path: Path) -> None:
-    with pytest.raises(SetupError, match=r"libpython3\.11\.so\.1\.0 was not found.*apt-get install libpython3\.11"):
-        find_libpython("3.11", (str(tmp_path), None))
-
-
-@pytest.mark.parametrize(
-    ("python", "numpy", "missing", "message"),
-    [
-        ("2.7", "1.26.4", [], "is 2.7, expected 3"),
-        (None, "2.1.0", [], "got NumPy 2.1.0, expected 1.26"),
-        (None, "1.26.4", ["onnxruntime"], "cannot import onnxruntime"),
-    ],
-)
-def test_a_python_that_triton_cannot_use_is_named(
-    python: str | None, numpy: str, missing: list[str], message: str
-) -> None:
-    running = f"{sys.version_info.major}.{sys.version_info.minor}"
-    with pytest.raises(SetupError, match=message):
-        check_stub_packages(python or running, numpy, missing)
-
-
-def test_the_installation_is_found_whole() -> None:
-    triton = find_triton()
-    assert triton.executable.is_file()
-    assert triton.stub.is_file()
-    assert all(folder.is_dir() for folder in triton.library_folders)
 
 
 def test_error_lines_prefer_errors_over_chatter() -> None:

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.embedded import server as embedded
+from deploy import embedded
+from deploy.embedded.installation import find_triton
 from tests.deploy.kubernetes.manifests import Document, environment, expanded, server
 
 TOKENS = {key: f"the-token-for-{key}" for key in ("control", "feedback")}
@@ -75,7 +76,7 @@ def serving(
     place: Place, name: str, log: Path, changes: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run the server of an overlay; `changes` has other arguments for some that it has."""
-    installed = embedded.find_triton()
+    installed = find_triton()
     backends = place.folder / "backends"
     if not backends.exists():  # in NVIDIA's image they are where Triton looks
         shutil.copytree(Path(embedded.__file__).parent / "backends", backends)
@@ -86,6 +87,6 @@ def serving(
     for before, after in (changes or {}).items():
         arguments[arguments.index(before)] = after
     command = [str(installed.executable), f"--backend-directory={backends}", *arguments]
-    variables = {**embedded._environment(installed), **place.environment(name, container)}
+    variables = {**installed.environment(), **place.environment(name, container)}
     with running(command, variables, log) as process:
         yield process

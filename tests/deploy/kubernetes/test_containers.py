@@ -19,7 +19,8 @@ import pytest
 
 from client.api import GuardedClient, TlsOptions
 from client.control import ModelControl, control_headers
-from deploy.embedded import server as embedded
+from deploy.embedded.installation import find_triton
+from deploy.embedded.server import choose_ports
 from deploy.gateway.local import running_envoy, write_files
 from detector.errors import AccessDeniedError, ServerUnavailableError
 from exporter.badnet import MODEL_FILE, TEST_FILE, VALIDATION_FILE
@@ -41,8 +42,8 @@ from tests.deploy.kubernetes.processes import STRIPWIRE, TOKENS, Place, running,
 
 @pytest.fixture(scope="module")
 def triton_help() -> str:
-    triton = embedded.find_triton()
-    libraries = embedded._environment(triton)
+    triton = find_triton()
+    libraries = triton.environment()
     told = subprocess.run([triton.executable, "--help"], capture_output=True, text=True, check=False, env=libraries)
     return told.stdout + told.stderr
 
@@ -85,7 +86,7 @@ def place(badnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     keras.saving.load_model(badnet / MODEL_FILE).save(folder / "data" / "model.h5")
     for name, file in (("test.h5", TEST_FILE), ("clean.h5", VALIDATION_FILE)):
         shutil.copy(badnet / file, folder / "data" / name)
-    place = Place(folder, embedded.choose_ports("127.0.0.1", {"8001": 0, "8002": 0, "8003": 0, "8004": 0}))
+    place = Place(folder, choose_ports("127.0.0.1", {"8001": 0, "8002": 0, "8003": 0, "8004": 0}))
     (exporting,) = pods(rendered("export"))
     for container in exporting.containers:
         quick = ("--repair", "none", "--target-frr", "0.2") if container["args"][0] == "export" else ()
