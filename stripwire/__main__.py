@@ -25,12 +25,18 @@ _EXTRAS = {
 def main() -> None:
     """Run the command line; an error that Stripwire knows ends it with one message and no traceback."""
     try:
-        # Ctrl-C may come while they are loaded, and they may be missing.
+        _run()
+    except (Exception, KeyboardInterrupt) as error:
+        if not _was_interrupted(error):
+            raise
+        sys.exit(130)
+
+
+def _run() -> None:
+    try:
         from detector.errors import InputError, StripwireError
         from stripwire.app import app
         from stripwire.terminal import fail
-    except KeyboardInterrupt:
-        sys.exit(130)
     except ModuleNotFoundError as error:
         sys.exit(f"error: the command line needs {error.name}: pip install 'stripwire[all]' (or a part of it)")
     try:
@@ -43,6 +49,13 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         fail(f"{where}{error.strerror or error}", 1)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Say whether Ctrl-C is behind an error: of what NumPy, say, makes of it while it is imported."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 if __name__ == "__main__":

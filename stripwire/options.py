@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -92,11 +93,11 @@ def with_access(command: Callable[..., None]) -> Callable[..., None]:
         access.replace(name=field.name, default=field.default, annotation=hints[field.name]) for field in fields(Access)
     ]
 
+    @functools.wraps(command)
     def called(**arguments: Any) -> None:
         given = {option.name: arguments.pop(option.name) for option in options}
         command(**arguments, access=Access(**given))
 
-    called.__name__, called.__doc__ = command.__name__, command.__doc__
     called.__annotations__ = {each.name: each.annotation for each in (*others, *options)}
     called.__signature__ = inspect.Signature([*others, *options])  # type: ignore[attr-defined]
     return called

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -22,6 +23,8 @@ from PIL import Image
 from rich.console import Console
 
 from client.api import GuardedClient
+from client.connection import TlsOptions
+from client.monitor.settings import MonitorSettings
 from deploy.embedded.server import EmbeddedTriton
 from detector.calibration import METHODS, Calibration, calibrate
 from detector.errors import InputError, StripwireError
@@ -347,6 +350,7 @@ main()
     ("raised", "status", "said"),
     [
         ("KeyboardInterrupt", 130, ""),
+        ("RuntimeError('of who does not pass it on') from KeyboardInterrupt()", 130, ""),
         (
             "ModuleNotFoundError(name=name)",
             1,
@@ -358,6 +362,62 @@ def test_what_happens_while_modules_are_loaded_is_no_traceback(raised: str, stat
     code = LOADING.format(raised=raised)
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (status, said)
+
+
+class _CalledError(Exception):
+    """Ends a command where it would call the server."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "classify {file}",
+        "evaluate --clean {file}",
+        "calibrate {folder} --clean {file}",
+        "rollback {folder}",
+        "reload {folder}",
+        "quarantine save {folder}/out.npz --feedback-token a-token-of-the-monitor",
+    ],
+)
+def test_a_command_that_calls_a_server_hands_on_what_it_is_let_in_by(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    given: dict[str, Any] = {}
+
+    def called(_: str, **options: Any) -> None:
+        given.update(options)
+        raise _CalledError
+
+    monkeypatch.setattr("client.api.GuardedClient", called)
+    monkeypatch.setattr(
+        "client.quarantine.QuarantineClient.evidence", lambda *_: SimpleNamespace(labels=None, images=None)
+    )
+    monkeypatch.setattr("deploy.embedded.control_file.read_control_token", lambda _: "the control token")
+    (tmp_path / "file.npy").touch()
+    arguments = command.format(file=tmp_path / "file.npy", folder=tmp_path).split()
+    arguments += ["--url", "127.0.0.1:1"]
+    with pytest.raises(_CalledError):
+        run(monkeypatch, *arguments)
+    assert (given["token"], given["tls"]) == (None, None)
+    with pytest.raises(_CalledError):
+        run(monkeypatch, *arguments, "--token", "secret", "--tls")
+    assert (given["token"], given["tls"]) == ("secret", TlsOptions())
+    monkeypatch.setenv("STRIPWIRE_TOKEN", "of the environment")
+    with pytest.raises(_CalledError):
+        run(monkeypatch, *arguments)
+    assert given["token"] == "of the environment"  # noqa: S105
+
+
+def test_the_monitor_hands_on_what_it_is_let_in_by(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
+    seen: list[MonitorSettings] = []
+    monkeypatch.setattr("client.monitor.service.run_monitor", lambda settings, _: seen.append(settings))
+    monkeypatch.setattr("client.monitor.logs.configure_logs", lambda: None)
+    assert run(monkeypatch, "monitor", "--canaries", repository, "--token", "secret", "--tls") == 0
+    monkeypatch.setenv("STRIPWIRE_TOKEN", "of the environment")
+    assert run(monkeypatch, "monitor", "--canaries", repository) == 0
+    tokens = [settings.token.get_secret_value() for settings in seen if settings.token is not None]
+    assert tokens == ["secret", "of the environment"]
+    assert [settings.tls_options for settings in seen] == [TlsOptions(), None]
 
 
 @pytest.mark.parametrize("started_as", ["python -m stripwire", "stripwire, which is not on the path"])

@@ -8,6 +8,7 @@ process that does nothing but wait for our death.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -45,9 +46,10 @@ class Leftovers:
                 if process.cmdline()[0].startswith(f"{self.folder}/"):
                     stubs.append(process)
         _end(stubs, patience_seconds)
-        for region in _SHARED_MEMORY.glob(f"{self.region_prefix}*"):
-            with contextlib.suppress(OSError):  # another user's
-                region.unlink()
+        for region in _SHARED_MEMORY.iterdir():
+            if region.name.startswith(self.region_prefix):
+                with contextlib.suppress(OSError):  # another user's
+                    region.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def left_to_an_heir(self, server_id: int, token_file: Path) -> subprocess.Popen[bytes]:
@@ -58,8 +60,8 @@ class Leftovers:
             token_file: that the server's control token is in, which goes with it.
         """
         return subprocess.Popen(  # noqa: S603  our own interpreter and code
-            [sys.executable, "-I", __file__, str(self.folder), str(server_id), str(token_file)],
-            stdin=subprocess.PIPE,  # which ends when we do, however that may be
+            [sys.executable, "-I", __file__, str(os.getpid()), str(self.folder), str(server_id), str(token_file)],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
@@ -76,15 +78,29 @@ def _end(processes: list[psutil.Process], patience_seconds: float) -> None:
     psutil.wait_procs(alive, timeout=patience_seconds)
 
 
-def _inherit(folder: str, server_id: str, token_file: str) -> None:
+def _inherit(parent: str, folder: str, server_id: str, token_file: str) -> None:
     """Wait for the death of who started us; the kernel then tells the server to stop, and we remove what it leaves."""
-    servers = []
-    with contextlib.suppress(psutil.NoSuchProcess):  # now, or its number may be another's by then
+    token = Path(token_file)
+    # Now, since by then numbers, and the name of the file, may be another server's.
+    ours, servers = _identity(token), []
+    with contextlib.suppress(psutil.NoSuchProcess):
         servers.append(psutil.Process(int(server_id)))
-    sys.stdin.buffer.read()
-    Path(token_file).unlink(missing_ok=True)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if os.getppid() == int(parent):
+            psutil.Process(int(parent)).wait()
+    if ours is not None and _identity(token) == ours:
+        token.unlink(missing_ok=True)
     _end(servers, _SERVER_SECONDS)
     Leftovers(Path(folder)).remove()
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """Return what tells a file from one that takes its name later; None where there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 if __name__ == "__main__":

@@ -47,8 +47,9 @@ class EmbeddedTriton:
     """A `tritonserver` process serving one model repository, as a context manager.
 
     The repository is verified against its manifest first. Entering waits until every model is ready; leaving stops the
-    server and its Python stubs. Should this process die, or the thread that started the server end, the kernel tells
-    the server to stop (start it from a thread that outlives it), and what it leaves is removed, too.
+    server and its Python stubs. Should this process die, the kernel tells the server to stop, and an heir, a process
+    that waits for nothing else, removes what it leaves. The kernel does so, too, when the thread ends that started the
+    server: start it from one that outlives it.
 
     Args:
         repository: a model repository written by `stripwire export`.
@@ -330,11 +331,14 @@ def _hide_argument(process_id: int, secret: str) -> None:
 
 
 def _sweep_work_folders() -> None:
-    """Remove what processes left behind that were killed before they could."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_WORK_PREFIX}*"):
-        owner = folder.name.removeprefix(_WORK_PREFIX).split("-")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            Leftovers(folder).remove(patience_seconds=0)
+    """Remove what processes of ours left behind that were killed, and their heirs, too."""
+    for folder in Path(tempfile.gettempdir()).iterdir():
+        name = re.fullmatch(rf"{_WORK_PREFIX}([0-9]{{1,9}})-\w+", folder.name, re.ASCII)
+        if name is None or psutil.pid_exists(int(name[1])):
+            continue
+        with contextlib.suppress(OSError):  # another's sweep was first
+            if folder.lstat().st_uid == os.getuid():
+                Leftovers(folder).remove(patience_seconds=0)
 
 
 def choose_ports(host: str, wanted: Mapping[str, int]) -> dict[str, int]:

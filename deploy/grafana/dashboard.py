@@ -198,7 +198,7 @@ def _canaries() -> list[Panel]:
 def _health() -> list[Panel]:
     return [
         _states(
-            "Ready and live",
+            "Ready, live, in control",
             "What the monitor says of each pod: ready while canaries get verdicts, live while a restart is not called "
             "for, and whether the server takes its control token, without which it loads no broken model again (absent "
             "where it has none).",
@@ -218,6 +218,7 @@ def _health() -> list[Panel]:
             "does. Absent without TLS. StripwireCertificateExpires fires at 14 days.",
             "d",
             Query(ask.CERTIFICATE_DAYS, "{{certificate}}"),
+            floor=None,  # one that has expired lasts for less than nothing
         ),
     ]
 
@@ -322,8 +323,10 @@ def _machine() -> list[Panel]:
     ]
 
 
-def _lines(title: str, description: str, unit: str, *queries: Query) -> timeseries.Panel:
-    panel = timeseries.Panel().title(title).description(description).datasource(_SOURCE).unit(unit).min(0)
+def _lines(title: str, description: str, unit: str, *queries: Query, floor: float | None = 0) -> timeseries.Panel:
+    panel = timeseries.Panel().title(title).description(description).datasource(_SOURCE).unit(unit)
+    if floor is not None:
+        panel.min(floor)
     legend = common_builders.VizLegendOptions().show_legend(True).placement(common.LegendPlacement.BOTTOM)
     tooltip = common_builders.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI)
     panel.legend(legend.display_mode(common.LegendDisplayMode.LIST)).tooltip(tooltip.sort(common.SortOrder.DESCENDING))

@@ -10,6 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.deploy.docker.test_images import IMAGES, inherited, stages
+
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "deploy" / "docker" / "packages"
 FILES = sorted(FOLDER.glob("*.txt"))
@@ -50,8 +52,7 @@ def test_every_package_has_one_version_that_the_tests_run_with_and_its_hashes(fi
         assert re.fullmatch(r"==[^*,]+", str(wanted.specifier)), wanted
         assert hashes, wanted
         assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", each) for each in hashes)
-        if name in tested:
-            assert wanted.specifier == tested[name][0].specifier
+        assert wanted.specifier == tested[name][0].specifier
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,17 @@ def test_nothing_is_installed_without_its_hash_but_our_own_wheel() -> None:
     assert named == {"build.txt", "monitor.txt", "embedded.txt", "exporter.txt", "server-${CUPY}.txt"}
     (default,) = re.findall(r"(?m)^ARG CUPY=(\S+)$", DOCKERFILE)
     assert FOLDER / f"server-{default}.txt" in FILES
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_nothing_runs_that_a_package_brings_and_nothing_comes_that_is_not_listed(image: str) -> None:
+    settings = "\n".join(line for line in inherited(f"{image}-packages") if line.startswith("ENV "))
+    assert "PIP_ONLY_BINARY=:all:" in settings.split()
+    assert "PIP_NO_DEPS=1" in settings.split()
+    assert "PIP_PYTHON=/opt/stripwire/bin/python" in settings.split()
+    (build,) = (line for line in stages()["wheel"][1] if "build.txt" in line)
+    assert "--only-binary=:all:" in build
+    assert "--no-deps" in build
 
 
 def test_make_writes_every_file() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ import tritonclient.grpc as triton_grpc
 from deploy.embedded.server import EmbeddedTriton, choose_ports, error_lines
 from detector.errors import InputError, RepositoryError, ServerError, ServerStartError
 from model_repository.manifest import read_manifest, write_manifest
+from tests.conftest import wait_for
 from tests.networks import write_small_repository
 
 SHAPE, CLASSES = (8, 7, 3), 5
@@ -47,8 +49,12 @@ def leftovers(prefix: str) -> list[str]:
     return [name for name in os.listdir("/dev/shm") if name.startswith(prefix)]  # noqa: PTH208, S108
 
 
+def heirs() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if any("leftovers.py" in part for part in child.cmdline())]
+
+
 def wait_until_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=20)
+    _, alive = psutil.wait_procs(processes, timeout=30)
     assert alive == []
 
 
@@ -57,6 +63,7 @@ def test_it_serves_and_leaves_no_process_memory_or_file_behind(repository: Path)
     with EmbeddedTriton(repository) as server:
         family = psutil.Process(server.process_id).children(recursive=True)
         assert len(family) >= 5  # a stub for each Python-backed model
+        assert len(heirs()) == 1
         assert classify(server.grpc_address) == ([CLASSES], [True])
         with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as answer:
             assert b"nv_inference_count" in answer.read()
@@ -65,6 +72,7 @@ def test_it_serves_and_leaves_no_process_memory_or_file_behind(repository: Path)
         }
         assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
     wait_until_gone(family)
+    assert heirs() == []
     assert leftovers(server.region_prefix) == []
     assert sorted(path.name for path in repository.rglob("*")) == before
 
@@ -113,26 +121,36 @@ def test_a_server_that_dies_is_reported(repository: Path) -> None:
     assert leftovers(server.region_prefix) == []
 
 
-@pytest.mark.parametrize("triton_crashes", [False, True])
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("stop", "triton"),
+    [
+        (signal.SIGTERM, "obeys"),
+        (signal.SIGTERM, "crashes"),
+        (signal.SIGKILL, "obeys"),
+        (signal.SIGKILL, "crashes"),
+        (signal.SIGKILL, "hangs"),
+    ],
+)
 def test_when_the_command_dies_the_server_dies_too_and_leaves_nothing(
-    repository: Path, tmp_path: Path, stop: signal.Signals, *, triton_crashes: bool
+    repository: Path, tmp_path: Path, stop: signal.Signals, triton: str
 ) -> None:
     command = [sys.executable, "-m", "stripwire", "serve", str(repository)]
     command += ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
     environment = os.environ | {"TMPDIR": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment, start_new_session=True)
     assert process.stdout is not None
     for line in process.stdout:
         if b"Ctrl-C stops it" in line:
             break
     family = psutil.Process(process.pid).children(recursive=True)
     assert len([*tmp_path.glob("stripwire-triton-*"), *tmp_path.glob("stripwire-*/control-*")]) == 2
-    (triton,) = (member for member in family if member.name() == "tritonserver")
-    (prefix,) = re.findall(r"shm-region-prefix-name=(\S+)", " ".join(triton.cmdline()))
-    process.send_signal(stop)
-    if triton_crashes:
-        triton.kill()
+    (server,) = (member for member in family if member.name() == "tritonserver")
+    (prefix,) = re.findall(r"shm-region-prefix-name=(\S+)", " ".join(server.cmdline()))
+    if triton == "hangs":
+        server.suspend()
+    os.killpg(process.pid, stop)  # as a shell does that ends its jobs
+    if triton == "crashes":
+        server.kill()
     process.wait()
     process.stdout.close()
     wait_until_gone(family)
@@ -166,16 +184,69 @@ def test_a_host_that_is_none_is_named() -> None:
         choose_ports("not.a.host", {"HTTP": 0})
 
 
-def test_the_folders_of_killed_servers_are_swept(repository: Path) -> None:
-    dead = Path(tempfile.gettempdir()) / "stripwire-triton-4194999-left"  # beyond the largest process id
-    dead.mkdir(exist_ok=True)
+LEAVING = """
+import sys, time
+from pathlib import Path
+from deploy.embedded.leftovers import Leftovers
+
+folder, token = map(Path, sys.argv[1:])
+print(Leftovers(folder).left_to_an_heir(4194999, token).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def waits_for_another(process: psutil.Process) -> bool:
+    opened = Path(f"/proc/{process.pid}/fd")
+    with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+        return any("pidfd" in str(each.readlink()) for each in opened.iterdir())
+    return False
+
+
+def test_an_heir_that_comes_late_leaves_a_new_servers_token(tmp_path: Path) -> None:
+    token, folder = tmp_path / "control-8001", tmp_path / "work"
+    token.write_text("of the first server")
+    folder.mkdir()
+    command = [sys.executable, "-c", LEAVING, str(folder), str(token)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as parent:
+        assert parent.stdout is not None
+        heir = psutil.Process(int(parent.stdout.readline()))
+        try:
+            wait_for(lambda: waits_for_another(heir))
+            token.unlink()
+            token.write_text("of the second server")
+        finally:
+            parent.kill()
+    wait_until_gone([heir])
+    assert token.read_text() == "of the second server"
+    assert not folder.exists()
+
+
+def test_the_folders_of_killed_servers_are_swept(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    nobody = 4194999  # beyond the largest process id
+    dead, busy = tmp_path / f"stripwire-triton-{nobody}-left", tmp_path / f"stripwire-triton-{os.getpid()}-mine"
+    others = [tmp_path / f"stripwire-triton-{name}" for name in (f"{nobody}-**", "²-x", f"{10**26}-x", "", "x")]
+    foreign = tmp_path / f"stripwire-triton-{nobody}-foreign"
+    for folder in (dead, busy, foreign, *others):
+        folder.mkdir()
+    if os.getuid() == 0:
+        os.chown(foreign, 10001, 10001)
+        others.append(foreign)
+    regions = [Path("/dev/shm") / f"{folder.name}-region" for folder in (dead, busy)]  # noqa: S108
+    for region in regions:
+        region.touch()
     stub = dead / "stub"
     shutil.copy("/bin/sleep", stub)
     with subprocess.Popen([stub, "600"]) as left:
         with pytest.raises(ServerStartError):
             EmbeddedTriton(repository, startup_timeout_seconds=0.01).start()
-        left.wait(timeout=20)  # not for ten minutes
+        left.wait(timeout=20)  # not for ten minutes; how it ended, the sweep knows: it was the first to ask
     assert not dead.exists()
+    assert all(folder.exists() for folder in (busy, *others))
+    assert [region.exists() for region in regions] == [False, True]
+    regions[1].unlink()
 
 
 def test_free_ports_are_all_different() -> None:
