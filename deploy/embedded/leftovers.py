@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import psutil
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  the place where Triton's Python backend keeps its regions, not a temp file
 _SERVER_SECONDS = 15.0
 _STUB_SECONDS = 5.0
+_LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class Leftovers:
             server_id: process id of the server, which the heir waits for.
             token_file: that the server's control token is in, which goes with it.
         """
+        arguments = (os.getpid(), self.folder, server_id, token_file, _identity(token_file))
         return subprocess.Popen(  # noqa: S603  our own interpreter and code
-            [sys.executable, "-I", __file__, str(os.getpid()), str(self.folder), str(server_id), str(token_file)],
+            [sys.executable, "-I", __file__, *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -75,32 +78,30 @@ def _end(processes: list[psutil.Process], patience_seconds: float) -> None:
     for survivor in alive:
         with contextlib.suppress(psutil.Error):  # gone, or another user's
             survivor.kill()
-    psutil.wait_procs(alive, timeout=patience_seconds)
+    psutil.wait_procs(alive, timeout=1)
 
 
-def _inherit(parent: str, folder: str, server_id: str, token_file: str) -> None:
+def _inherit(parent: str, folder: str, server_id: str, token_file: str, token_identity: str) -> None:
     """Wait for the death of who started us; the kernel then tells the server to stop, and we remove what it leaves."""
-    token = Path(token_file)
-    # Now, since by then numbers, and the name of the file, may be another server's.
-    ours, servers = _identity(token), []
-    with contextlib.suppress(psutil.NoSuchProcess):
+    servers = []
+    with contextlib.suppress(psutil.NoSuchProcess):  # now, or its number may be another's by then
         servers.append(psutil.Process(int(server_id)))
-    with contextlib.suppress(psutil.NoSuchProcess):
-        if os.getppid() == int(parent):
-            psutil.Process(int(parent)).wait()
-    if ours is not None and _identity(token) == ours:
+    while os.getppid() == int(parent):  # who is dead has no children, even before anybody asks how it ended
+        time.sleep(_LOOK_SECONDS)
+    token = Path(token_file)
+    if _identity(token) == token_identity:
         token.unlink(missing_ok=True)
     _end(servers, _SERVER_SECONDS)
     Leftovers(Path(folder)).remove()
 
 
-def _identity(file: Path) -> tuple[int, int] | None:
-    """Return what tells a file from one that takes its name later; None where there is none."""
+def _identity(file: Path) -> str:
+    """Return what tells a file from one that takes its name later: another server's, say."""
     try:
         status = file.stat()
     except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns
+        return "absent"
+    return f"{status.st_ino}-{status.st_mtime_ns}"
 
 
 if __name__ == "__main__":
