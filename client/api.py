@@ -219,7 +219,7 @@ class GuardedClient(_Client[_BlockingTransport]):
                 is more than the server takes at once is split.
             probabilities: ask for the repaired network's probabilities as well; M numbers per image travel back.
             shared_memory: hand the images to a server on this machine in system shared memory (/dev/shm) instead of
-                sending them.
+                sending them. Of a call that fails, or is cancelled, the server keeps that memory until it ends.
             canary: the images are sent to watch the guard, not for their answers: the server counts them by themselves.
             request_id: id of the request, 1 to 100 letters, digits or any of `_ . : -`; where images are split into
                 several requests, `-0`, `-1`, … is put behind it. None has a random one for each request.

@@ -273,17 +273,20 @@ class ClientCore:
         parameters: Mapping[str, bool],
         on_progress: OnProgress | None,
     ) -> Steps[list[NDArray[Any]]]:
-        """Have the requests' images in shared memory, in as many slots as there are requests at once."""
+        """Have the requests' images in shared memory, in as many slots as there are requests at once.
+
+        Of a call that fails the server keeps the memory: it may still read what a request had that was cancelled, or
+        that nobody waits for any more, and does not know that (see `SharedBatches.unregister`).
+        """
         slots = min(self._options.window, len(batches))
         with SharedBatches(
             lambda call: self._ask_again(batches.about.model, call), slots, batches.most_bytes
         ) as shared:
             yield from self._counted(shared.register())
-            try:
-                requests = batches.requests(shared.place, outputs, parameters)
-                return (yield from self._exchange(batches, requests, outputs, on_progress, shared.register))
-            finally:
-                yield from shared.unregister(self._transport.sleep)
+            requests = batches.requests(shared.place, outputs, parameters)
+            answers = yield from self._exchange(batches, requests, outputs, on_progress, shared.register)
+            yield from shared.unregister(self._transport.sleep)
+            return answers
 
     def _exchange(
         self,

@@ -79,7 +79,10 @@ class SharedBatches:
             ) from error
 
     def unregister(self, pause: Callable[[float], Any]) -> Generator[Any, Any, None]:
-        """Have the server forget the memory, which it does when no request reads it any more, a cancelled one included.
+        """Have the server forget the memory, once all requests that were sent with it are answered.
+
+        Not before: of a request that was cancelled Triton 2.51 says that nobody reads the memory any more while a step
+        of the ensemble still does, and crashes when it is gone.
 
         Args:
             pause: waits that many seconds.

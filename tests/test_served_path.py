@@ -173,19 +173,23 @@ def test_a_server_on_this_machine_reads_images_from_shared_memory(server: Embedd
     assert not {path.name for path in set(Path("/dev/shm").iterdir()) - held if path.name.startswith("psm_")}  # noqa: S108
 
 
-def test_shared_memory_that_requests_still_read_is_forgotten_when_a_call_fails(
-    server: EmbeddedTriton, badnet: Path
+def test_a_call_that_fails_leaves_its_shared_memory_to_requests_that_may_still_read_it(
+    repository: Path, badnet: Path
 ) -> None:
     images = np.concatenate([images_of(badnet)] * 10)
+    held = set(Path("/dev/shm").iterdir())  # noqa: S108
 
     def give_up(*_: int) -> None:
         raise RuntimeError("enough")
 
-    with GuardedClient(server.grpc_address) as client:
-        with pytest.raises(RuntimeError, match="enough"):
-            client.classify(images, shared_memory=True, on_progress=give_up)
+    with EmbeddedTriton(repository) as server, GuardedClient(server.grpc_address) as client:
+        for _ in range(5):
+            with pytest.raises(RuntimeError, match="enough"):
+                client.classify(images, shared_memory=True, on_progress=give_up)
+            assert len(client.classify(images[:8], shared_memory=True)) == 8
         told = client.ask("guarded", lambda triton, **options: triton.get_system_shared_memory_status(**options))
-    assert not told.regions
+        assert len(told.regions) == 5
+        assert not {path.name for path in set(Path("/dev/shm").iterdir()) - held if path.name.startswith("psm_")}  # noqa: S108
 
 
 def test_a_server_that_was_started_anew_is_told_of_the_shared_memory_again(server: EmbeddedTriton) -> None:

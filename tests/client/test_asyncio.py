@@ -119,13 +119,13 @@ def test_it_can_be_closed_without_having_been_used() -> None:
     asyncio.run(AsyncGuardedClient("127.0.0.1:1").close())
 
 
-def test_images_in_shared_memory_are_forgotten_even_if_their_caller_is_cancelled(
-    server: EmbeddedTriton, badnet: Any
+def test_images_in_shared_memory_stay_with_the_server_if_their_caller_is_cancelled(
+    repository: Any, badnet: Any
 ) -> None:
     images = np.concatenate([read_hdf5(badnet / "clean_test_data.h5").images] * 20)
 
-    async def cancel() -> int:
-        async with AsyncGuardedClient(server.grpc_address) as client:
+    async def cancel(address: str) -> int:
+        async with AsyncGuardedClient(address) as client:
             begun = asyncio.Event()
             calling = asyncio.create_task(
                 client.classify(images, shared_memory=True, on_progress=lambda *_: begun.set())
@@ -140,4 +140,5 @@ def test_images_in_shared_memory_are_forgotten_even_if_their_caller_is_cancelled
             )
             return len(told.regions)
 
-    assert asyncio.run(cancel()) == 0
+    with EmbeddedTriton(repository) as server:
+        assert asyncio.run(cancel(server.grpc_address)) == 1
