@@ -371,7 +371,7 @@ def choose_ports(host: str, wanted: Mapping[str, int]) -> dict[str, int]:
             except OSError as error:
                 raise InputError(
                     f"{protocol} port: {port} of {host} cannot be used ({error.strerror or error}); choose another, or "
-                    "0 for a free one"
+                    "0 for a free one. What a server had that was killed is free again within 20 seconds"
                 ) from error
             ports[protocol] = int(probe.getsockname()[1])
     return ports
