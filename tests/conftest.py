@@ -39,7 +39,7 @@ def wait_for(
     happened: Callable[[], bool],
     seconds: float = 60.0,
     *,
-    otherwise: Callable[[], object] = lambda: "it did not happen",
+    otherwise: Callable[[], object] = lambda: "it did not happen in time",
 ) -> None:
     """Wait until something has happened; fail where it does not in time, with what `otherwise` says then."""
     give_up_at = time.monotonic() + seconds

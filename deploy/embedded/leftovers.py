@@ -78,7 +78,6 @@ def _end(processes: list[psutil.Process], patience_seconds: float) -> None:
     for survivor in alive:
         with contextlib.suppress(psutil.Error):  # gone, or another user's
             survivor.kill()
-    psutil.wait_procs(alive, timeout=1)
 
 
 def _inherit(parent: str, folder: str, server_id: str, token_file: str, token_identity: str) -> None:
