@@ -464,6 +464,6 @@ def _array_namespace(args: dict[str, str]) -> ModuleType:
         import cupy
     except ImportError as error:
         # Its tensors would arrive on the GPU, where NumPy cannot read them.
-        raise SetupError(f"{args['model_name']}: runs on a GPU, which needs CuPy; pip install cupy-cuda12x") from error
+        raise SetupError(f"{args['model_name']}: runs on a GPU, which needs CuPy; pip install cupy-cuda13x") from error
     cupy.cuda.Device(int(args["model_instance_device_id"])).use()
     return cupy  # type: ignore[no-any-return]

@@ -13,24 +13,22 @@ from typing import Annotated, Any
 import numpy as np
 import psutil
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 
 import benchmarks.speed
 from benchmarks.files import write_whole
-from benchmarks.speed.contenders import ENSEMBLE, FUSED, contenders
-from benchmarks.speed.instances import compare_instances, instances_table
-from benchmarks.speed.offline import compare, vary
+from benchmarks.speed.contenders import ENSEMBLE, FUSED, export_all, serve_all
 from benchmarks.speed.results import draw, offline_table, served_table, targets, varied_table
-from benchmarks.speed.served import Load, blends, measure
+from benchmarks.speed.served import Load, blends, graphics_card, measure
 from benchmarks.speed.served import soak as soak_server
-from exporter.badnet import TEST_FILE, BadNetOptions, cached_badnet, trojaned_file
 from exporter.entropies import OnProgress
-from samples.hdf5 import read_hdf5
 from stripwire.terminal import progress
 
 RESULTS = Path(__file__).parents[1] / "results"
 LOADS = (*(Load(batch, callers) for batch in (1, 8, 32) for callers in (1, 4, 16)), Load(32, 1, "1 % trojaned"))
 _TROJANED_SHARE = 0.01
+_IMAGES = "images.npz"
 
 app = typer.Typer(add_completion=False, help=benchmarks.speed.__doc__)
 
@@ -41,19 +39,34 @@ def run(
     rounds: Annotated[int, typer.Option(min=1, help="How often each has its turn.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long a turn is.")] = 1.5,
     output: Annotated[Path, typer.Option(help="Folder for speed.json and speed.png.")] = RESULTS,
+    prepared: Annotated[
+        Path | None, typer.Option(help="Folder of `prepare`: measure the servers alone, without TensorFlow.")
+    ] = None,
 ) -> None:
     """Measure everything but the soak, and print it."""
     if context.invoked_subcommand is not None:
         return
-    with progress() as report:
+    with progress() as report, tempfile.TemporaryDirectory() as folder:
         found = _read(output)
         found |= {"hardware": hardware(), "rounds": rounds, "seconds": seconds}
-        badnet = cached_badnet(BadNetOptions(), on_progress=report).folder
-        found["offline"], found["varied"] = compare(badnet, rounds, report), vary(rounds, report)
-        found["served"] = _served(badnet, rounds, seconds, report)
+        if prepared is None:
+            from benchmarks.speed.offline import compare, vary
+
+            badnet = _badnet(report)
+            found["offline"], found["varied"] = compare(badnet, rounds, report), vary(rounds, report)
+            prepared = Path(folder)
+            _prepare(badnet, prepared)
+        found["served"] = _served(prepared, rounds, seconds, report)
     _write(output, found)
     draw(output / "speed.png", found)
     show(found)
+
+
+@app.command()
+def prepare(folder: Annotated[Path, typer.Argument(help="Folder to write, for a machine without TensorFlow.")]) -> None:
+    """Train and export what the servers are measured with."""
+    with progress() as report:
+        _prepare(_badnet(report), folder)
 
 
 @app.command()
@@ -63,14 +76,16 @@ def soak(
     output: Annotated[Path, typer.Option(help="Folder with speed.json.")] = RESULTS,
 ) -> None:
     """Watch the server's memory over many requests."""
-    badnet = cached_badnet(BadNetOptions()).folder
-    pool = read_hdf5(badnet / TEST_FILE).images
-    with progress() as report, tempfile.TemporaryDirectory() as folder, contenders(badnet, Path(folder)) as running:
-        memory = {
-            each.name: soak_server(each, pool, requests, callers, report)
-            for each in running
-            if each.name in (ENSEMBLE, FUSED)
-        }
+    with progress() as report, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _prepare(_badnet(report), folder)
+        pool = _images(folder)["clean"]
+        with serve_all(folder) as running:
+            memory = {
+                each.name: soak_server(each, pool, requests, callers, report)
+                for each in running
+                if each.name in (ENSEMBLE, FUSED)
+            }
     found = _read(output) | {"soak": {"requests": requests, "callers": callers, "memory_mib": memory}}
     _write(output, found)
     show(found)
@@ -83,9 +98,10 @@ def instances(
     output: Annotated[Path, typer.Option(help="Folder with speed.json.")] = RESULTS,
 ) -> None:
     """Compare one instance of each network with two."""
+    from benchmarks.speed.instances import compare_instances, instances_table
+
     with progress() as report:
-        badnet = cached_badnet(BadNetOptions(), on_progress=report).folder
-        found = _read(output) | {"instances": compare_instances(badnet, rounds, seconds, report)}
+        found = _read(output) | {"instances": compare_instances(_badnet(report), rounds, seconds, report)}
     _write(output, found)
     Console().print(instances_table(found["instances"]))
 
@@ -95,8 +111,10 @@ def show(found: dict[str, Any]) -> None:
     console = Console(width=140)
     if "served" in found:
         console.print(found["hardware"], highlight=False)
-        for table in (served_table(found["served"]), offline_table(found["offline"]), varied_table(found["varied"])):
-            console.print(table)
+        console.print(served_table(found["served"]))
+        if "offline" in found:
+            console.print(offline_table(found["offline"]))
+            console.print(varied_table(found["varied"]))
         console.print(targets(found))
 
 
@@ -107,15 +125,38 @@ def hardware() -> str:
     lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     name = next(names, platform.machine())
-    return f"{len(os.sched_getaffinity(0))} cores of {name}, {memory:.0f} GiB, no GPU asked"
+    return f"{len(os.sched_getaffinity(0))} cores of {name}, {memory:.0f} GiB, {graphics_card() or 'no GPU'}"
 
 
-def _served(badnet: Path, rounds: int, seconds: float, report: OnProgress) -> list[dict[str, Any]]:
+def _badnet(report: OnProgress) -> Path:
+    from exporter.badnet import BadNetOptions, cached_badnet
+
+    return cached_badnet(BadNetOptions(), on_progress=report).folder
+
+
+def _prepare(badnet: Path, folder: Path) -> None:
+    """Write the repositories, and the images to ask them with."""
+    from exporter.badnet import TEST_FILE, trojaned_file
+    from samples.hdf5 import read_hdf5
+
+    folder.mkdir(parents=True, exist_ok=True)
     clean, trojaned = (read_hdf5(badnet / name).images for name in (TEST_FILE, trojaned_file("sunglasses")))
+    np.savez(folder / _IMAGES, clean=clean, trojaned=trojaned)
+    export_all(badnet, folder)
+
+
+def _images(folder: Path) -> dict[str, NDArray[np.uint8]]:
+    with np.load(folder / _IMAGES) as stored:
+        return dict(stored)
+
+
+def _served(folder: Path, rounds: int, seconds: float, report: OnProgress) -> list[dict[str, Any]]:
+    images = _images(folder)
+    clean, trojaned = images["clean"], images["trojaned"]
     some = trojaned[: max(1, round(len(clean) * _TROJANED_SHARE / (1 - _TROJANED_SHARE)))]
     pools = {"clean": clean, "1 % trojaned": np.concatenate([clean, some])}
     found: list[dict[str, Any]] = [asdict(load) | {"rounds": []} for load in LOADS]
-    with tempfile.TemporaryDirectory() as folder, contenders(badnet, Path(folder)) as running:
+    with serve_all(folder) as running:
         for load, into in zip(LOADS, found, strict=True):
             into["blends"] = blends(running, pools[load.traffic])
         for turn in range(rounds):

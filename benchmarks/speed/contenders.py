@@ -14,10 +14,6 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from deploy.embedded.server import EmbeddedTriton
 from detector.calibration import ThresholdRule
 from detector.errors import ExportError
-from exporter.badnet import MODEL_FILE, VALIDATION_FILE
-from exporter.export import Data, ExportOptions, export
-from exporter.repair import RepairOptions
-from exporter.repository import render
 from model_repository.manifest import read_manifest, write_manifest
 
 BARE = "bare network"
@@ -51,9 +47,8 @@ class Contender:
     one_by_one: bool = False
 
 
-@contextmanager
-def contenders(badnet: Path, folder: Path) -> Iterator[list[Contender]]:
-    """Export a BadNet in every layout, serve each, and yield who can be asked.
+def export_all(badnet: Path, folder: Path) -> None:
+    """Export a BadNet in every layout.
 
     What a network costs does not hang on its weights, so the repair is cut short; but two networks it must be, since
     what two that are the same have in common would be computed once.
@@ -62,6 +57,11 @@ def contenders(badnet: Path, folder: Path) -> Iterator[list[Contender]]:
         badnet: folder of a trained BadNet, see `exporter.badnet`.
         folder: where the repositories go.
     """
+    # Whoever only asks servers needs neither TensorFlow nor onnx.
+    from exporter.badnet import MODEL_FILE, VALIDATION_FILE
+    from exporter.export import Data, ExportOptions, export
+    from exporter.repair import RepairOptions
+
     repair, strip = RepairOptions(epochs=1), ThresholdRule(detector="strip")
     repositories = {
         ENSEMBLE: ExportOptions(repair=repair),
@@ -74,13 +74,19 @@ def contenders(badnet: Path, folder: Path) -> Iterator[list[Contender]]:
         export(badnet / MODEL_FILE, Data(badnet / VALIDATION_FILE), folder / name, options)
         _check_two_networks(folder / name)
     write_naive(folder / STRIP_ENSEMBLE, folder / NAIVE)
+
+
+@contextmanager
+def serve_all(folder: Path) -> Iterator[list[Contender]]:
+    """Serve each of the repositories in a folder, see `export_all`, and yield who can be asked."""
+    ours = [name for name in CONTENDERS if name not in (BARE, NAIVE)]
     with ExitStack() as running:
-        servers = {name: running.enter_context(EmbeddedTriton(folder / name)) for name in (NAIVE, *repositories)}
+        servers = {name: running.enter_context(EmbeddedTriton(folder / name)) for name in (NAIVE, *ours)}
         verdict = ("label", "trojaned", "entropy")
         yield [
             Contender(BARE, servers[ENSEMBLE], "repaired", ("repaired_probabilities",)),
             Contender(NAIVE, servers[NAIVE], "guarded", verdict, one_by_one=True),
-            *(Contender(name, servers[name], "guarded", verdict) for name in repositories),
+            *(Contender(name, servers[name], "guarded", verdict) for name in ours),
         ]
 
 
@@ -98,6 +104,8 @@ def write_naive(repository: Path, folder: Path) -> None:
         repository: a model repository with the detector `strip`.
         folder: the copy, which must not exist.
     """
+    from exporter.repository import render
+
     shutil.copytree(repository, folder)
     manifest = read_manifest(repository)
     for model in _NAIVE.glob("*/model.py"):

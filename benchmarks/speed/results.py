@@ -100,9 +100,8 @@ def targets(found: dict[str, Any]) -> Table:
     if (1, 1) in loads:
         p50 = statistics.median(ratios(loads[1, 1], FUSED, "p50_ms"))
         row("fused, one image: p50 / bare", "<= 6", p50, p50 <= 6)
-    offline = found["offline"]
-    for name, least in (("published loop, Keras", 50), ("ART, Keras", 8)):
-        times = zip(offline[name], offline["ours, fused"], strict=True)
+    for name, least in (("published loop, Keras", 50), ("ART, Keras", 8)) if "offline" in found else ():
+        times = zip(found["offline"][name], found["offline"]["ours, fused"], strict=True)
         faster = statistics.median(other / own for other, own in times)
         row(f"{name} / ours, fused, an image", f">= {least}", faster, faster >= least)
     if "soak" in found:
@@ -120,9 +119,9 @@ def growth(memory: list[float]) -> float:
 
 def draw(file: Path, found: dict[str, Any]) -> None:
     """Write the picture: what each contender costs in units of the bare network, and what the cost hangs on."""
-    figure = Figure(figsize=(11, 7), facecolor="white", layout="constrained")
-    rows = GridSpec(2, 1, figure)
-    above, below = figure.add_subfigure(rows[0]), figure.add_subfigure(rows[1])
+    figure = Figure(figsize=(11, 7 if "varied" in found else 3.8), facecolor="white", layout="constrained")
+    rows = GridSpec(2 if "varied" in found else 1, 1, figure)
+    above = figure.add_subfigure(rows[0])
     clean = [load for load in found["served"] if load["traffic"] == "clean"]
     batches = sorted({load["batch"] for load in clean})
     for axes, batch in zip(above.subplots(1, len(batches), sharey=True, squeeze=False)[0], batches, strict=True):
@@ -134,11 +133,13 @@ def draw(file: Path, found: dict[str, Any]) -> None:
         _finish(axes, f"batch {batch}", "callers", callers)
     above.axes[0].set_ylabel("time for an image / bare network")
     above.legend(*above.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    for axes, (name, rows) in zip(below.subplots(1, len(found["varied"])), found["varied"].items(), strict=True):
-        for way in (ENSEMBLE, FUSED):
-            axes.plot([row[name] for row in rows], [row[way] for row in rows], "o-", color=_COLOURS[way], label=way)
-        _finish(axes, f"by {name}, without a server and early exit", name, [row[name] for row in rows])
-    below.axes[0].set_ylabel("time for an image / bare network")
+    if "varied" in found:
+        below = figure.add_subfigure(rows[1])
+        for axes, (name, costs) in zip(below.subplots(1, len(found["varied"])), found["varied"].items(), strict=True):
+            for way in (ENSEMBLE, FUSED):
+                axes.plot([row[name] for row in costs], [row[way] for row in costs], "o-", color=_COLOURS[way])
+            _finish(axes, f"by {name}, without a server and early exit", name, [row[name] for row in costs])
+        below.axes[0].set_ylabel("time for an image / bare network")
     for axes in figure.get_axes():
         axes.set_ylim(bottom=0)  # now that all is drawn: it ends the scaling
     figure.savefig(file, dpi=110)

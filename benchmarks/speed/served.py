@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import psutil
 import tritonclient.grpc as triton_grpc
 from numpy.typing import NDArray
@@ -92,6 +94,15 @@ def blends(contenders: list[Contender], pool: NDArray[np.uint8]) -> dict[str, fl
             with GuardedClient(contender.server.grpc_address) as client:
                 found[contender.name] = float(client.classify(pool).perturbations.mean())
     return found
+
+
+def graphics_card() -> str | None:
+    """Return the name of the GPU that the embedded server runs networks on; None where it runs them on the CPU."""
+    if importlib.util.find_spec("cupy") is None or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return None
+    import cupy
+
+    return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode() if cupy.is_available() else None
 
 
 def memory_mib(contender: Contender) -> float:

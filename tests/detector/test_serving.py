@@ -299,7 +299,7 @@ def test_a_truncated_overlay_file_does_not_load(model_folder: Path) -> None:
 def test_a_gpu_instance_without_cupy_does_not_load(monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     for stage in (perturb_stage, entropy_stage):
-        with pytest.raises(SetupError, match="runs on a GPU, which needs CuPy; pip install cupy-cuda12x"):
+        with pytest.raises(SetupError, match="runs on a GPU, which needs CuPy; pip install cupy-cuda13x"):
             stage(arguments(model_folder, kind="GPU"), PbUtils())
 
 

@@ -15,6 +15,8 @@ import triton_python_backend_utils as pb_utils
 
 from detector.serving import Stage
 
+_CUDA = "CUDAExecutionProvider"
+
 
 class TritonPythonModel:
     """The interface that Triton's Python backend asks for."""
@@ -27,15 +29,15 @@ class TritonPythonModel:
         options = onnxruntime.SessionOptions()
         # Several models share the cores: a thread that spins between two runs takes them from the others.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        on_gpu = (
-            args["model_instance_kind"] == "GPU" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-        )
-        cuda = ("CUDAExecutionProvider", {"device_id": int(args["model_instance_device_id"])})
-        providers = [cuda, "CPUExecutionProvider"] if on_gpu else ["CPUExecutionProvider"]
+        on_gpu = args["model_instance_kind"] == "GPU"
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if on_gpu and _CUDA in onnxruntime.get_available_providers():
+            onnxruntime.preload_dlls()  # CUDA and cuDNN may be packages of this Python
+            providers.insert(0, (_CUDA, {"device_id": args["model_instance_device_id"], **_cuda_options(config)}))
         session = onnxruntime.InferenceSession(path, options, providers=providers)
-        if on_gpu and session.get_providers()[0] != cuda[0]:
+        if on_gpu and session.get_providers()[0] != _CUDA:
             # onnxruntime falls back to the CPU without a word.
-            pb_utils.Logger.log_warn(f"{args['model_name']}: CUDA could not be used, so it runs on the CPU")
+            pb_utils.Logger.log_warn(f"{args['model_name']}: onnxruntime has no CUDA here, so it runs on the CPU")
         inputs = [tensor["name"] for tensor in config["input"]]
         outputs = [tensor["name"] for tensor in config["output"]]
 
@@ -47,3 +49,9 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all requests of a batch."""
         return self._stage.execute(requests)
+
+
+def _cuda_options(config: dict[str, Any]) -> dict[str, str]:
+    """Return the options of the accelerator `cuda`, as NVIDIA's backend reads them from a model's config."""
+    accelerators = config.get("optimization", {}).get("execution_accelerators", {}).get("gpu_execution_accelerator", [])
+    return {name: text for each in accelerators if each["name"] == "cuda" for name, text in each["parameters"].items()}
