@@ -104,11 +104,10 @@ class Stage:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request with one InferenceResponse, computing all of them at once."""
-        per_request = [[self._to_array(request, name) for name in self._inputs] for request in requests]
-        if len(per_request) == 1:
-            arrays = list(per_request[0])
-        else:
-            arrays = [self._xp.concatenate(parts, axis=0) for parts in zip(*per_request, strict=True)]
+        per_request = [[self.read(request, name) for name in self._inputs] for request in requests]
+        arrays = (
+            per_request[0] if len(per_request) == 1 else [self.join(parts) for parts in zip(*per_request, strict=True)]
+        )
         if self._with_origins:
             counts = [parts[0].shape[0] for parts in per_request]
             results = self._compute(*arrays, Origins(self._pb_utils, requests, counts))
@@ -131,11 +130,16 @@ class Stage:
             start = stop
         return responses
 
-    def _to_array(self, request: Any, name: str) -> Array:
+    def read(self, request: Any, name: str) -> Array:
+        """Return an input of a request, as an array of the namespace."""
         tensor = self._pb_utils.get_input_tensor_by_name(request, name)
         if tensor.is_cpu():
             return self._xp.asarray(tensor.as_numpy())
         return self._xp.from_dlpack(tensor)
+
+    def join(self, parts: Sequence[Array]) -> Array:
+        """Return what was read of several requests as one array."""
+        return self._xp.concatenate(parts, axis=0)
 
     def _to_tensor(self, name: str, array: Array) -> Any:
         if self._xp is np:

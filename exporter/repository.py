@@ -415,8 +415,9 @@ def _config(
         }
         config.model_warmup.append(ModelWarmup(name="first", batch_size=1, inputs=sizes))
         config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda", parameters=_CUDA_OPTIONS)
-    if backend == "python" and image_sized:
-        # Tensors stay on the GPU between the models that live there.
+    if image_sized:
+        # Tensors stay on the GPU between the models that live there. NVIDIA's onnxruntime need not be told, but the
+        # embedded server's, which is of the Python backend.
         config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].CopyFrom(ModelParameter(string_value="no"))
     return config
 

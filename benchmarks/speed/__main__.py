@@ -19,6 +19,7 @@ from rich.console import Console
 import benchmarks.speed
 from benchmarks.files import write_whole
 from benchmarks.speed.contenders import ENSEMBLE, FUSED, export_all, serve_all
+from benchmarks.speed.gpu_options import compare_options, options_table
 from benchmarks.speed.results import draw, offline_table, served_table, targets, varied_table
 from benchmarks.speed.served import Load, blends, graphics_card, measure
 from benchmarks.speed.served import soak as soak_server
@@ -104,6 +105,23 @@ def instances(
         found = _read(output) | {"instances": compare_instances(_badnet(report), rounds, seconds, report)}
     _write(output, found)
     Console().print(instances_table(found["instances"]))
+
+
+@app.command()
+def gpu_options(
+    prepared: Annotated[Path | None, typer.Option(help="Folder of `prepare`, on a machine without TensorFlow.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder with speed.json.")] = RESULTS,
+) -> None:
+    """Compare onnxruntime's options on a GPU."""
+    if graphics_card() is None:
+        raise SystemExit("error: no GPU that CuPy and onnxruntime can use; pip install 'stripwire[gpu]'")
+    with progress() as report, tempfile.TemporaryDirectory() as name:
+        folder = prepared or Path(name)
+        if prepared is None:
+            _prepare(_badnet(report), folder)
+        found = _read(output) | {"gpu_options": compare_options(folder, _images(folder)["clean"], report)}
+    _write(output, found)
+    Console(width=140).print(options_table(found["gpu_options"]))
 
 
 def show(found: dict[str, Any]) -> None:

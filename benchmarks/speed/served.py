@@ -102,7 +102,10 @@ def graphics_card() -> str | None:
         return None
     import cupy
 
-    return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode() if cupy.is_available() else None
+    try:
+        return str(cupy.cuda.runtime.getDeviceProperties(0)["name"].decode())
+    except cupy.cuda.runtime.CUDARuntimeError:  # no driver, or no GPU
+        return None
 
 
 def memory_mib(contender: Contender) -> float:

@@ -7,9 +7,11 @@ A Python-based backend with the name of NVIDIA's native one, so that a model rep
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 
@@ -38,17 +40,62 @@ class TritonPythonModel:
         if on_gpu and session.get_providers()[0] != _CUDA:
             # onnxruntime falls back to the CPU without a word.
             pb_utils.Logger.log_warn(f"{args['model_name']}: onnxruntime has no CUDA here, so it runs on the CPU")
-        inputs = [tensor["name"] for tensor in config["input"]]
-        outputs = [tensor["name"] for tensor in config["output"]]
-
-        def compute(*arrays: Any) -> list[Any]:
-            return list(session.run(outputs, dict(zip(inputs, arrays, strict=True))))
-
-        self._stage = Stage(pb_utils, inputs, outputs, compute)
+        names = [tensor["name"] for tensor in config["input"]], [tensor["name"] for tensor in config["output"]]
+        self._stage = (
+            _GpuStage(session, args["model_instance_device_id"], *names) if on_gpu else _stage(session, *names)
+        )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all requests of a batch."""
         return self._stage.execute(requests)
+
+
+def _stage(session: onnxruntime.InferenceSession, inputs: list[str], outputs: list[str]) -> Stage:
+    """Return the stage that runs a network on the host's tensors."""
+
+    def compute(*arrays: Any) -> list[Any]:
+        return list(session.run(outputs, dict(zip(inputs, arrays, strict=True))))
+
+    return Stage(pb_utils, inputs, outputs, compute)
+
+
+class _GpuStage(Stage):
+    """Runs a network on tensors of the host or of a GPU, where they are if it runs there; answers go to the host."""
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, device: str, inputs: list[str], outputs: list[str]
+    ) -> None:
+        import cupy
+
+        cupy.cuda.Device(int(device)).use()
+        runs_there = session.get_providers()[0] == _CUDA
+
+        def compute(*arrays: Any) -> list[Any]:
+            if not runs_there or all(isinstance(array, np.ndarray) for array in arrays):
+                on_host = [cupy.asnumpy(array) for array in arrays]
+                return list(session.run(outputs, dict(zip(inputs, on_host, strict=True))))
+            cupy.cuda.get_current_stream().synchronize()  # the session reads on a stream of its own
+            binding = session.io_binding()
+            for name, array in zip(inputs, arrays, strict=True):
+                binding.bind_ortvalue_input(name, onnxruntime.OrtValue.from_dlpack(cupy.asarray(array)))
+            for name in outputs:
+                binding.bind_output(name)
+            session.run_with_iobinding(binding)
+            return list(binding.copy_outputs_to_cpu())
+
+        super().__init__(pb_utils, inputs, outputs, compute)
+        self._cupy = cupy
+
+    def read(self, request: Any, name: str) -> Any:
+        """Return an input of a request, where it is."""
+        tensor = pb_utils.get_input_tensor_by_name(request, name)
+        return tensor.as_numpy() if tensor.is_cpu() else self._cupy.from_dlpack(tensor)
+
+    def join(self, parts: Sequence[Any]) -> Any:
+        """Return what was read of several requests as one array; on the GPU if any of it is."""
+        if all(isinstance(part, np.ndarray) for part in parts):
+            return np.concatenate(parts)
+        return self._cupy.concatenate([self._cupy.asarray(part) for part in parts])
 
 
 def _cuda_options(config: dict[str, Any]) -> dict[str, str]:
