@@ -114,7 +114,8 @@ def export(
     no_early_exit: Annotated[
         bool,
         typer.Option(
-            "--no-early-exit", help="Of fused: make all perturbations also where the input is certain to be accepted."
+            "--no-early-exit",
+            help="Of fused: make all perturbations also where the input is certain to be accepted. For GPUs.",
         ),
     ] = False,
     seed: Seed = 0,
