@@ -50,14 +50,6 @@ from model_repository.manifest import FUSED, MODELS, next_version, verify_reposi
 MAX_BATCH_SIZE = 64
 MAX_QUEUE_DELAY_MICROSECONDS = 500
 MAX_QUEUE_SECONDS = 30
-_CUDA_OPTIONS = {
-    # Thresholds are calibrated in float32. With TF32, 10 bits of mantissa, entropies would be others.
-    "use_tf32": "0",
-    # How many inputs are in a batch, and how many go on after a stage, changes all the time: onnxruntime's default
-    # tries all algorithms anew for each number.
-    "cudnn_conv_algo_search": "HEURISTIC",
-}
-"""Of onnxruntime's CUDAExecutionProvider, where a network runs on a GPU."""
 """How long a request may wait for one of the models; by then our clients have given it up, unless told otherwise."""
 
 _NO_BYTECODE = "A file where Python would keep bytecode: none is left here, and none that somebody planted is run.\n"
@@ -414,12 +406,21 @@ def _config(
             for tensor, kind, dims in inputs
         }
         config.model_warmup.append(ModelWarmup(name="first", batch_size=1, inputs=sizes))
-        config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda", parameters=_CUDA_OPTIONS)
+        _add_cuda_options(config)
     if image_sized:
         # Tensors stay on the GPU between the models that live there. NVIDIA's onnxruntime need not be told, but the
         # embedded server's, which is of the Python backend.
         config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].CopyFrom(ModelParameter(string_value="no"))
     return config
+
+
+def _add_cuda_options(config: ModelConfig) -> None:
+    """Say how onnxruntime is to run a network where that is on a GPU."""
+    # Thresholds are calibrated in float32. With TF32, 10 bits of mantissa, entropies would be others.
+    config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda", parameters={"use_tf32": "0"})
+    # Batches have ever other sizes, for each of which onnxruntime's default would try all algorithms. As an option of
+    # the accelerator NVIDIA's backend overwrites it by that default, unless it is among the model's parameters.
+    config.parameters["cudnn_conv_algo_search"].CopyFrom(ModelParameter(string_value="1"))  # HEURISTIC
 
 
 def _write_networks(repository: Path, version: str, served: ServedModel) -> None:

@@ -76,6 +76,10 @@ def test_the_ensemble_keeps_the_batch_dimension_and_batches_at_every_step() -> N
         kind = ModelInstanceGroup.KIND_AUTO if on_gpu else ModelInstanceGroup.KIND_CPU
         assert [group.kind for group in config.instance_group] == [kind]
         assert on_gpu == ("FORCE_CPU_ONLY_INPUT_TENSORS" in config.parameters)
+        if not config.backend:
+            (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+            assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", {"use_tf32": "0"})
+            assert config.parameters["cudnn_conv_algo_search"].string_value == "1"  # heuristic, by NVIDIA's number
     assert {step.platform for step in steps if not step.backend} == {"onnxruntime_onnx"}
 
 

@@ -18,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 from detector.serving import Stage
 
 _CUDA = "CUDAExecutionProvider"
+_SEARCHES = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
 
 
 class TritonPythonModel:
@@ -99,6 +100,10 @@ class _GpuStage(Stage):
 
 
 def _cuda_options(config: dict[str, Any]) -> dict[str, str]:
-    """Return the options of the accelerator `cuda`, as NVIDIA's backend reads them from a model's config."""
+    """Return the options of CUDAExecutionProvider that a model's config has, as NVIDIA's backend reads them."""
     accelerators = config.get("optimization", {}).get("execution_accelerators", {}).get("gpu_execution_accelerator", [])
-    return {name: text for each in accelerators if each["name"] == "cuda" for name, text in each["parameters"].items()}
+    options = {
+        name: value for each in accelerators if each["name"] == "cuda" for name, value in each["parameters"].items()
+    }
+    search = config.get("parameters", {}).get("cudnn_conv_algo_search", {}).get("string_value", "0")
+    return options | {"cudnn_conv_algo_search": _SEARCHES[int(search)]}
