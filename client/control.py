@@ -77,6 +77,26 @@ class ModelControl:
             )
         return metadata.versions[0], models, config.parameters[IDENTITY_KEY].string_value
 
+    def check_serves(self, versions: Mapping[str, Any]) -> tuple[str, dict[str, int]]:
+        """Check, before anything is changed, that the server serves a repository.
+
+        Args:
+            versions: of the repository, as its manifest has them.
+
+        Returns:
+            The version that it serves, and the version of each model behind it.
+
+        Raises:
+            ServerError: it serves another one, or does not answer.
+        """
+        version, models, identity = self.served()
+        if versions.get(version, {}).get("identity") != identity:
+            raise ServerError(
+                f"the server serves another repository (its version {version}), and was not touched; expected one that "
+                "serves this repository. Is the address right?"
+            )
+        return version, models
+
     def switch(self, version: str, versions: Mapping[str, Any]) -> bool:
         """Have the server serve another version of the repository that lies before it.
 
@@ -96,12 +116,7 @@ class ModelControl:
                 the server serves then.
         """
         states = self.states()
-        old, old_models, identity = self.served()
-        if versions.get(old, {}).get("identity") != identity:
-            raise ServerError(
-                f"the server serves another repository (its version {old}), and was not touched; expected one that "
-                "serves this repository. Is the address right?"
-            )
+        old, old_models = self.check_serves(versions)
         if old == version:
             return False
         held, models, before = dict(old_models), versions[version]["models"], self._config(ENSEMBLE)

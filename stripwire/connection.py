@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from detector.errors import InputError
@@ -36,14 +37,17 @@ def controlled(
     control_token: str | None,
     timeout: float,
     access: Access,
+    repository: Path,
 ) -> Iterator[ModelControl | None]:
-    """Yield control of the server at `url`, with access checked; None where there is no server to tell."""
+    """Yield control of the server at `url`, which lets us and serves that repository; None where there is no server."""
     if url is None:
         yield None
         return
     from client.control import ModelControl, control_headers
     from deploy.embedded.control_file import read_control_token
+    from model_repository.manifest import read_manifest
 
+    versions = read_manifest(repository)["versions"]
     is_local = is_one_local_server(url)
     if control_token is None and is_local:
         control_token = read_control_token(url.rpartition(":")[2])
@@ -51,6 +55,7 @@ def controlled(
     with connect(url, timeout, access, headers) as client:
         control = ModelControl(client)
         control.check_access()
+        control.check_serves(versions)
         yield control
 
 

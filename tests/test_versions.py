@@ -31,6 +31,8 @@ from exporter.fused import fuse
 from exporter.preprocessing import Preprocessing
 from exporter.repository import Recalibrated, ServedModel, activate, write_recalibration, write_repository
 from model_repository.manifest import read_manifest, verify_repository, write_manifest
+from stripwire.connection import controlled
+from stripwire.options import Access
 from tests.conftest import wait_for
 from tests.networks import small_network
 from tests.test_live_metrics import scraped, series
@@ -200,6 +202,8 @@ def test_a_repository_that_the_server_does_not_serve_is_refused_before_anything_
         refused = pytest.raises(ServerError, match=r"serves another repository \(its version 1\), and was not touched")
         with refused:  # at the version number that the server has
             switch_to_active(control, stranger)
+        with refused, controlled(server.grpc_address, None, 10.0, Access(), stranger):  # before any work
+            pytest.fail("it was not refused")
         write_recalibration(stranger, "1", recalibrated(4, ACCEPTS_ALL))
         with refused:
             switch_to_active(control, stranger)

@@ -110,7 +110,7 @@ def calibrate(
         keep_overlays=keep_overlays,
         seed=seed,
     )
-    with controlled(url, control_token, timeout, access) as control:
+    with controlled(url, control_token, timeout, access, repository) as control:
         with progress() as report:
             result = recalibrate(repository, clean, options, on_progress=report)
         served = switch(control, repository, back_to=result.base)
@@ -151,7 +151,7 @@ def rollback(
     from exporter.repository import activate
     from model_repository.manifest import read_manifest
 
-    with controlled(url, control_token, timeout, access) as control:
+    with controlled(url, control_token, timeout, access, repository) as control:
         with locked(repository):
             before = read_manifest(repository)["active"]
         active = activate(repository, to)
@@ -175,7 +175,7 @@ def reload(
     access: Access,
 ) -> None:
     """Have a running server serve the repository's active version: no restart, no failed request."""
-    with controlled(url, control_token, timeout, access) as control:
+    with controlled(url, control_token, timeout, access, repository) as control:
         served = switch(control, repository)
     if as_json:
         print_json({"repository": str(repository), "version": served, "served": served})
