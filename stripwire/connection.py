@@ -47,7 +47,6 @@ def controlled(
     from deploy.embedded.control_file import read_control_token
     from model_repository.manifest import read_manifest
 
-    versions = read_manifest(repository)["versions"]
     is_local = is_one_local_server(url)
     if control_token is None and is_local:
         control_token = read_control_token(url.rpartition(":")[2])
@@ -55,7 +54,7 @@ def controlled(
     with connect(url, timeout, access, headers) as client:
         control = ModelControl(client)
         control.check_access()
-        control.check_serves(versions)
+        control.check_serves(read_manifest(repository)["versions"])
         yield control
 
 

@@ -222,6 +222,8 @@ def test_a_mistake_ends_in_one_message_and_no_traceback(
             "--max-rounds=3",
         ): "max rounds: got it with --repair finetune",
         ("evaluate", "--clean", str(text), "--url", "127.0.0.1:9", "--timeout", "0.5"): "127.0.0.1:9",
+        ("evaluate", "--clean", str(text), "--trojaned", str(text)): "is what --clean is",
+        ("canaries", str(text), str(text), "--classes", "12"): "is what clean is",
         ("classify", str(text), "--url", "127.0.0.1:9", "--timeout", "0.5"): "127.0.0.1:9",
         ("classify", str(text), "--timeout", "-1"): "timeout_seconds: got -1",
         ("train-badnet", str(tmp_path)): "exists and is not empty",

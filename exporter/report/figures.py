@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogFormatterMathtext, LogLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
 from exporter.report.data import LEAST_BITS
@@ -226,7 +226,7 @@ def _scatter(
             axes.set(**{f"{axis}scale": "log"})
             ticks = axes.xaxis if axis == "x" else axes.yaxis
             ticks.set_major_locator(LogLocator(numticks=4))
-            ticks.set_major_formatter("{x:g}")
+            ticks.set_major_formatter(LogFormatterMathtext())  # the panels are narrow
             ticks.set_minor_formatter(NullFormatter())
 
 

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
+from detector.errors import InputError
 from stripwire.connection import connect
 from stripwire.options import Access, AsJson, Timeout, Url, with_access
 from stripwire.results import CAPTION, rates_table
@@ -83,6 +84,8 @@ def evaluate(
     from client.evaluation import evaluate as run_evaluation
     from exporter.inputs import InputReader
 
+    if trojaned is not None and trojaned.samefile(clean):
+        raise InputError(f"trojaned: {trojaned} is what --clean is, expected trojaned images")
     with progress() as report, connect(url, timeout, access) as client:
         about = client.metadata()
         reader = InputReader(about.image_shape, about.classes, resize=resize, on_progress=report)

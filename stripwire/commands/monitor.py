@@ -43,6 +43,8 @@ def canaries(
             + ("neither it nor classes" if classes is None else "classes as well")
             + ", expected one of them: --repository, which the images are for, or --classes, without any promises"
         )
+    if trojaned is not None and trojaned.samefile(clean):
+        raise InputError(f"trojaned: {trojaned} is what clean is, expected trojaned images")
     manifest = None if repository is None else read_manifest(repository)
     active = None if manifest is None else manifest["versions"][manifest["active"]]
     with progress() as report:
