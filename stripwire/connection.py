@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ def connect(
     headers: Mapping[str, str] | None = None,
 ) -> Iterator[GuardedClient]:
     """Yield a client with the connection options of the command line."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it would log each attempt; the error says what the last one met
     from client.api import GuardedClient, TlsOptions
 
     files = (access.tls_ca, access.tls_key, access.tls_cert)
