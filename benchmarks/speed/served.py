@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import psutil
 import tritonclient.grpc as triton_grpc
 from numpy.typing import NDArray
 
 from benchmarks.speed.contenders import Contender
 from client.api import GuardedClient
+from deploy.embedded.installation import packages_can_use_a_gpu
 from exporter.entropies import OnProgress
 
 
@@ -98,7 +97,7 @@ def blends(contenders: list[Contender], pool: NDArray[np.uint8]) -> dict[str, fl
 
 def graphics_card() -> str | None:
     """Return the name of the GPU that the embedded server runs networks on; None where it runs them on the CPU."""
-    if importlib.util.find_spec("cupy") is None or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    if not packages_can_use_a_gpu():
         return None
     import cupy
 

@@ -37,11 +37,20 @@ class TritonInstallation:
         if inherited := environment.get("LD_LIBRARY_PATH"):
             libraries.append(inherited)
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
-        if importlib.util.find_spec("cupy") is None:
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # the models need CuPy to run on a GPU: keep to the CPU without it
+        if not packages_can_use_a_gpu():
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         # The stub takes the folders of its Python, and of its virtual environment, from the first `python3` on PATH.
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
         return environment
+
+
+def packages_can_use_a_gpu() -> bool:
+    """Say whether the models find what they need on a GPU: CuPy, and an onnxruntime with CUDA."""
+    if importlib.util.find_spec("cupy") is None:
+        return False
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def find_triton() -> TritonInstallation:

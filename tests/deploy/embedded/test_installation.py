@@ -37,3 +37,21 @@ def test_the_installation_is_found_whole() -> None:
     assert triton.executable.is_file()
     assert triton.stub.is_file()
     assert all(folder.is_dir() for folder in triton.library_folders)
+
+
+@pytest.mark.parametrize(
+    ("cupy", "providers", "hidden"),
+    [
+        (None, ["CUDAExecutionProvider", "CPUExecutionProvider"], True),
+        (object(), ["CPUExecutionProvider"], True),
+        (object(), ["CUDAExecutionProvider", "CPUExecutionProvider"], False),
+    ],
+)
+def test_a_gpu_that_the_packages_cannot_use_is_hidden(
+    monkeypatch: pytest.MonkeyPatch, cupy: object, providers: list[str], hidden: bool
+) -> None:
+    triton = find_triton()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: cupy)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
+    assert (triton.environment().get("CUDA_VISIBLE_DEVICES") == "") is hidden
