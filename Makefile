@@ -19,7 +19,7 @@ test: $(VENV)/.installed-dev  ## Run the tests, on the real tritonserver
 	$(BIN)/python -m pytest
 
 test-gpu: $(VENV)/.installed-dev  ## Run the tests that need an NVIDIA GPU
-	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime  # onnxruntime-gpu has the same files
+	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime onnxruntime-gpu  # they have the same files
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'
 	$(BIN)/python -m pytest -m gpu
 

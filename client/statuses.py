@@ -91,7 +91,9 @@ def translated(error: InferenceServerException, url: str, model: str, timeout_se
             "so restart it to have it serve another version"
         )
     elif status is grpc.StatusCode.NOT_FOUND:
-        message = f"the server has not loaded the model {model!r} ({said}); it stops, or serves no exported repository"
+        message = (
+            f"the server has not loaded the model {model!r} ({said}); it is stopping, or serves no exported repository"
+        )
     elif status is grpc.StatusCode.UNIMPLEMENTED:
         message = f"this is no Triton gRPC endpoint ({said}); check the port (Triton's is 8001 by default)"
     else:

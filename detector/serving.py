@@ -44,6 +44,9 @@ BEHIND = {
 }
 """The models that answer for `guarded`, by layout."""
 
+ON_THE_CPU = "onnxruntime could not load CUDA, so it runs on the CPU"
+"""What the embedded server's log says of a network that a GPU was there for."""
+
 SENTINEL = "badnet"
 """The original network by itself. Where it is not behind `guarded` it lies beside it: `evaluate` asks it for labels."""
 
@@ -195,7 +198,7 @@ def perturb_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     Raises:
         RepositoryError: a file is missing or malformed; Triton then refuses to load the model.
     """
-    xp = _array_namespace(args)
+    xp = array_namespace(args)
     overlays, alpha = read_overlays(_version_folder(args))
     weighted, weights = xp.asarray(weighted_overlays(overlays, alpha)), alpha
     if read_plain_first(_version_folder(args)):
@@ -217,7 +220,7 @@ def entropy_stage(args: dict[str, str], pb_utils: Any) -> Stage:
     Raises:
         RepositoryError: the file is missing or malformed; Triton then refuses to load the model.
     """
-    xp = _array_namespace(args)
+    xp = array_namespace(args)
     with_plain = read_plain_first(_version_folder(args))
 
     def compute(probabilities: Array) -> list[Array]:
@@ -460,14 +463,23 @@ def _version_folder(args: dict[str, str]) -> Path:
     return Path(args["model_repository"]) / args["model_version"]
 
 
-def _array_namespace(args: dict[str, str]) -> ModuleType:
-    """Return CuPy for an instance on a GPU, on that GPU, and NumPy otherwise."""
+def array_namespace(args: dict[str, str]) -> ModuleType:
+    """Return CuPy for a model instance on a GPU, on that GPU, and NumPy otherwise.
+
+    Args:
+        args: what Triton passes to `initialize`.
+
+    Raises:
+        SetupError: there is no CuPy; Triton then refuses to load the model.
+    """
     if args["model_instance_kind"] != "GPU":
         return np
     try:
         import cupy
     except ImportError as error:
         # Its tensors would arrive on the GPU, where NumPy cannot read them.
-        raise SetupError(f"{args['model_name']}: runs on a GPU, which needs CuPy; pip install cupy-cuda13x") from error
+        raise SetupError(
+            f"{args['model_name']}: runs on a GPU, which needs CuPy; pip install cupy-cuda13x (12x for CUDA 12)"
+        ) from error
     cupy.cuda.Device(int(args["model_instance_device_id"])).use()
     return cupy  # type: ignore[no-any-return]

@@ -408,8 +408,8 @@ def _config(
         config.model_warmup.append(ModelWarmup(name="first", batch_size=1, inputs=sizes))
         _add_cuda_options(config)
     if image_sized:
-        # Tensors stay on the GPU between the models that live there. NVIDIA's onnxruntime need not be told, but the
-        # embedded server's, which is of the Python backend.
+        # Tensors stay on the GPU between the models that live there: so says a model of the Python backend, of which
+        # the embedded server's onnxruntime is one. NVIDIA's takes them there anyway.
         config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].CopyFrom(ModelParameter(string_value="no"))
     return config
 

@@ -21,7 +21,7 @@ from benchmarks.files import write_whole
 from benchmarks.speed.contenders import ENSEMBLE, FUSED, export_all, serve_all
 from benchmarks.speed.gpu_options import compare_options, options_table
 from benchmarks.speed.results import draw, offline_table, served_table, targets, varied_table
-from benchmarks.speed.served import Load, blends, graphics_card, measure
+from benchmarks.speed.served import Load, blends, check_where, graphics_card, measure
 from benchmarks.speed.served import soak as soak_server
 from exporter.entropies import OnProgress
 from stripwire.terminal import progress
@@ -50,6 +50,8 @@ def run(
     with progress() as report, tempfile.TemporaryDirectory() as folder:
         found = _read(output)
         found |= {"hardware": hardware(), "rounds": rounds, "seconds": seconds}
+        if prepared is not None and "offline" in found:
+            raise typer.BadParameter(f"{output} has figures of another machine, expected a folder of its own: --output")
         if prepared is None:
             from benchmarks.speed.offline import compare, vary
 
@@ -175,6 +177,7 @@ def _served(folder: Path, rounds: int, seconds: float, report: OnProgress) -> li
     pools = {"clean": clean, "1 % trojaned": np.concatenate([clean, some])}
     found: list[dict[str, Any]] = [asdict(load) | {"rounds": []} for load in LOADS]
     with serve_all(folder) as running:
+        check_where(running)
         for load, into in zip(LOADS, found, strict=True):
             into["blends"] = blends(running, pools[load.traffic])
         for turn in range(rounds):

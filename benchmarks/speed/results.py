@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
+from matplotlib.ticker import LogLocator
 from rich.table import Table
 
 from benchmarks.speed.contenders import BARE, CONTENDERS, ENSEMBLE, FUSED, NAIVE
@@ -17,6 +18,9 @@ from benchmarks.speed.contenders import BARE, CONTENDERS, ENSEMBLE, FUSED, NAIVE
 _COLOURS = dict(
     zip(CONTENDERS, ("#333333", "#a8a8a8", "#9a6a2f", "#14507a", "#5aa7d6", "#d3b483", "#86b77e"), strict=True)
 )
+
+_MOST_LINEAR = 30
+"""Where a cost is higher, the others would lie on top of each other."""
 
 
 def ratios(rounds: list[dict[str, dict[str, float]]], contender: str, figure: str) -> list[float]:
@@ -131,6 +135,10 @@ def draw(file: Path, found: dict[str, Any]) -> None:
             costs = [statistics.median(ratios(load["rounds"], name, "images_per_second")) for load in own]
             axes.plot(callers, costs, "o-", color=_COLOURS[name], label=name)
         _finish(axes, f"batch {batch}", "callers", callers)
+    if above.axes[0].get_ylim()[1] > _MOST_LINEAR:
+        above.axes[0].set_yscale("log")
+        above.axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        above.axes[0].yaxis.set_major_formatter("{x:g}")
     above.axes[0].set_ylabel("time for an image / bare network")
     above.legend(*above.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     if "varied" in found:
@@ -141,7 +149,8 @@ def draw(file: Path, found: dict[str, Any]) -> None:
             _finish(axes, f"by {name}, without a server and early exit", name, [row[name] for row in costs])
         below.axes[0].set_ylabel("time for an image / bare network")
     for axes in figure.get_axes():
-        axes.set_ylim(bottom=0)  # now that all is drawn: it ends the scaling
+        if axes.get_yscale() == "linear":
+            axes.set_ylim(bottom=0)  # now that all is drawn: it ends the scaling
     figure.savefig(file, dpi=110)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import psutil
 import tritonclient.grpc as triton_grpc
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from benchmarks.speed.contenders import Contender
 from client.api import GuardedClient
 from deploy.embedded.installation import packages_can_use_a_gpu
+from detector.errors import ServerError
+from detector.serving import ON_THE_CPU
 from exporter.entropies import OnProgress
 
 
@@ -96,15 +99,24 @@ def blends(contenders: list[Contender], pool: NDArray[np.uint8]) -> dict[str, fl
 
 
 def graphics_card() -> str | None:
-    """Return the name of the GPU that the embedded server runs networks on; None where it runs them on the CPU."""
+    """Return the GPU that the embedded server is to use, with the versions of what it uses; None where it uses none."""
     if not packages_can_use_a_gpu():
         return None
     import cupy
 
     try:
-        return str(cupy.cuda.runtime.getDeviceProperties(0)["name"].decode())
+        name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+        cuda = cupy.cuda.runtime.driverGetVersion()
     except cupy.cuda.runtime.CUDARuntimeError:  # no driver, or no GPU
         return None
+    return f"{name}, driver of CUDA {cuda / 1000:g}, CuPy {cupy.__version__}, onnxruntime {onnxruntime.__version__}"
+
+
+def check_where(contenders: list[Contender]) -> None:
+    """Raise where a network was to run on the GPU and does not: the figures would be of something else."""
+    for contender in contenders:
+        if ON_THE_CPU in contender.server.server_log():
+            raise ServerError(f"{contender.name}: {ON_THE_CPU}")
 
 
 def memory_mib(contender: Contender) -> float:

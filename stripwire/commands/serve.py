@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stripwire.options import AsJson, ControlToken, Exported, Mode
-from stripwire.terminal import command, console, print_json, say, waiting
+from stripwire.terminal import command, console, print_json, say, waiting, warn
 
 app = typer.Typer()
 
@@ -63,6 +63,7 @@ def serve(
     """Serve a model repository with the pip-installed Triton, until Ctrl-C."""
     from deploy.embedded.server import EmbeddedTriton
     from deploy.embedded.tls import server_tls
+    from detector.serving import ON_THE_CPU
     from exporter.publishing import locked
     from model_repository.manifest import read_manifest
 
@@ -86,6 +87,8 @@ def serve(
     try:
         with waiting("Loading the models …"):
             server.start()
+        if ON_THE_CPU in server.server_log():
+            warn(f"a network was to run on the GPU, but {ON_THE_CPU}: is there CUDA 13, with cuDNN 9?")
         table = Table(title=escape(f"Serving {repository}, mode {mode}"), show_header=False)
         table.add_row("gRPC", server.grpc_address + (" (TLS)" if tls_cert else ""))
         table.add_row("HTTP", f"http://{server.http_address}")

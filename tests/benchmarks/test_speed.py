@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 from rich.console import Console
+from typer.testing import CliRunner
 
 from benchmarks.speed import offline, results
+from benchmarks.speed.__main__ import app, show
 from benchmarks.speed.contenders import BARE, CONTENDERS, ENSEMBLE, NAIVE, Contender, write_naive
+from benchmarks.speed.gpu_options import BATCHES, options_table
 from benchmarks.speed.served import Load, blends, measure, soak
 from client.api import GuardedClient
 from deploy.embedded.server import EmbeddedTriton
@@ -111,6 +114,38 @@ def test_costs_are_ratios_to_the_bare_network_of_the_same_round() -> None:
 
 def test_the_last_tenth_is_compared_with_the_second() -> None:
     assert results.growth([*range(10), *[50.0] * 10, *range(70), *[51.0] * 10]) == pytest.approx(2.0)
+
+
+def test_what_a_machine_without_tensorflow_measured_is_shown_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    servers_alone = {name: value for name, value in found().items() if name not in ("offline", "varied")}
+    show(servers_alone)
+    shown = capsys.readouterr().out
+    assert "an abacus" in shown
+    assert "published loop" not in shown
+    results.draw(tmp_path / "speed.png", servers_alone)
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+
+
+def test_a_run_of_prepared_servers_does_not_mix_with_another_machines_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "speed.json").write_text(json.dumps(found()))
+    before = (tmp_path / "speed.json").read_bytes()
+    monkeypatch.setattr("benchmarks.speed.__main__._served", lambda *_: pytest.fail("it was measured"))
+    answer = CliRunner().invoke(app, ["--prepared", str(tmp_path), "--output", str(tmp_path)])
+    assert answer.exit_code == 2
+    assert "of another machine" in " ".join(answer.output.split())
+    assert (tmp_path / "speed.json").read_bytes() == before
+
+
+def test_options_of_a_gpu_are_a_table() -> None:
+    row = {"graph": "fused", "use_tf32": "1", "search": "DEFAULT", "new_size_ms": [9.0, 11.0], "entropy_off_bits": 3e-3}
+    console = Console(width=160, record=True)
+    console.print(options_table([row | {"ms": {str(batch): 1.0 for batch in BATCHES}}]))
+    assert "DEFAULT" in (text := console.export_text())
+    assert "3e-03" in text
 
 
 def test_tables_and_picture_show_what_was_measured(tmp_path: Path) -> None:

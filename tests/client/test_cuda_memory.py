@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 def test_images_in_cuda_shared_memory_get_the_same_answers(server: EmbeddedTriton, badnet: Path) -> None:
     cupy = pytest.importorskip("cupy")
-    pytest.importorskip("cuda.bindings.runtime", reason="pip install 'cuda-python<13'")
+    pytest.importorskip("cuda.bindings.runtime", reason="pip install 'stripwire[gpu]'")
     cuda_memory = pytest.importorskip("tritonclient.utils.cuda_shared_memory")
     images = read_hdf5(badnet / "clean_test_data.h5").images[:8]
     with GuardedClient(server.grpc_address) as client:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -64,6 +65,19 @@ def test_what_is_as_large_as_images_runs_on_the_gpu(served: EmbeddedTriton) -> N
     assert tuple(found) in BEHIND.values()
     assert found == {name: "KIND_CPU" if name == "strip_verdict" else "KIND_GPU" for name in found}
     assert "runs on the CPU" not in served.server_log()
+
+
+def test_callers_do_not_disturb_each_other(served: EmbeddedTriton, badnet: Path) -> None:
+    images = read_hdf5(badnet / "clean_test_data.h5").images[:48]
+    with GuardedClient(served.grpc_address) as client:
+        expected = client.classify(images)
+        parts = [*range(0, 48, 3)] * 4
+        with ThreadPoolExecutor(8) as callers:
+            found = [*callers.map(lambda start: client.classify(images[start : start + 3]), parts)]
+    for start, answer in zip(parts, found, strict=True):
+        np.testing.assert_array_equal(answer.labels, expected.labels[start : start + 3])
+        np.testing.assert_array_equal(answer.trojaned, expected.trojaned[start : start + 3])
+        np.testing.assert_allclose(answer.entropy_bits, expected.entropy_bits[start : start + 3], atol=1e-4)
 
 
 def test_answers_are_those_of_the_cpu(served: EmbeddedTriton, badnet: Path) -> None:

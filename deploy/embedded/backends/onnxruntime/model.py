@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 
-from detector.serving import Stage
+from detector.serving import ON_THE_CPU, Stage, array_namespace
 
 _CUDA = "CUDAExecutionProvider"
-_SEARCHES = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
+_SEARCHES = {"0": "EXHAUSTIVE", "1": "HEURISTIC", "2": "DEFAULT"}
 
 
 class TritonPythonModel:
@@ -32,19 +33,17 @@ class TritonPythonModel:
         options = onnxruntime.SessionOptions()
         # Several models share the cores: a thread that spins between two runs takes them from the others.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        on_gpu = args["model_instance_kind"] == "GPU"
+        xp = array_namespace(args)
         providers: list[Any] = ["CPUExecutionProvider"]
-        if on_gpu and _CUDA in onnxruntime.get_available_providers():
+        if xp is not np and _CUDA in onnxruntime.get_available_providers():
             onnxruntime.preload_dlls()  # CUDA and cuDNN may be packages of this Python
             providers.insert(0, (_CUDA, {"device_id": args["model_instance_device_id"], **_cuda_options(config)}))
         session = onnxruntime.InferenceSession(path, options, providers=providers)
-        if on_gpu and session.get_providers()[0] != _CUDA:
+        if xp is not np and session.get_providers()[0] != _CUDA:
             # onnxruntime falls back to the CPU without a word.
-            pb_utils.Logger.log_warn(f"{args['model_name']}: onnxruntime has no CUDA here, so it runs on the CPU")
+            pb_utils.Logger.log_warn(f"{args['model_name']}: {ON_THE_CPU}")
         names = [tensor["name"] for tensor in config["input"]], [tensor["name"] for tensor in config["output"]]
-        self._stage = (
-            _GpuStage(session, args["model_instance_device_id"], *names) if on_gpu else _stage(session, *names)
-        )
+        self._stage = _stage(session, *names) if xp is np else _GpuStage(session, xp, *names)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all requests of a batch."""
@@ -61,24 +60,29 @@ def _stage(session: onnxruntime.InferenceSession, inputs: list[str], outputs: li
 
 
 class _GpuStage(Stage):
-    """Runs a network on tensors of the host or of a GPU, where they are if it runs there; answers go to the host."""
+    """Runs a network on tensors of a GPU and of the host; its answers go to the host.
+
+    Args:
+        session: the network. If it runs on the GPU, tensors that are there are read where they are.
+        cupy: the array namespace of the GPU.
+        inputs: names of the input tensors.
+        outputs: names of the output tensors.
+    """
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, device: str, inputs: list[str], outputs: list[str]
+        self, session: onnxruntime.InferenceSession, cupy: ModuleType, inputs: list[str], outputs: list[str]
     ) -> None:
-        import cupy
-
-        cupy.cuda.Device(int(device)).use()
         runs_there = session.get_providers()[0] == _CUDA
 
         def compute(*arrays: Any) -> list[Any]:
             if not runs_there or all(isinstance(array, np.ndarray) for array in arrays):
                 on_host = [cupy.asnumpy(array) for array in arrays]
                 return list(session.run(outputs, dict(zip(inputs, on_host, strict=True))))
+            on_gpu = [cupy.asarray(array) for array in arrays]
             cupy.cuda.get_current_stream().synchronize()  # the session reads on a stream of its own
             binding = session.io_binding()
-            for name, array in zip(inputs, arrays, strict=True):
-                binding.bind_ortvalue_input(name, onnxruntime.OrtValue.from_dlpack(cupy.asarray(array)))
+            for name, array in zip(inputs, on_gpu, strict=True):
+                binding.bind_ortvalue_input(name, onnxruntime.OrtValue.from_dlpack(array))
             for name in outputs:
                 binding.bind_output(name)
             session.run_with_iobinding(binding)
@@ -106,4 +110,4 @@ def _cuda_options(config: dict[str, Any]) -> dict[str, str]:
         name: value for each in accelerators if each["name"] == "cuda" for name, value in each["parameters"].items()
     }
     search = config.get("parameters", {}).get("cudnn_conv_algo_search", {}).get("string_value", "0")
-    return options | {"cudnn_conv_algo_search": _SEARCHES[int(search)]}
+    return options | {"cudnn_conv_algo_search": _SEARCHES[search]}
