@@ -59,7 +59,7 @@ def test_the_default_images_are_pinned() -> None:
     defaults = re.findall(r"^ARG \w+_IMAGE=(\S+)$", DOCKERFILE.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(defaults) == 2
     for default in defaults:
-        assert re.fullmatch(r"\S+/\S+:\S*\d+\.\d+\S*", default), default
+        assert re.fullmatch(r"\S+/\S+:\S*\d+\.\d+\S*@sha256:[0-9a-f]{64}", default), default
 
 
 def test_the_build_gets_what_the_wheel_is_built_of_and_nothing_else() -> None:
