@@ -64,7 +64,7 @@ def test_every_container_says_its_version_and_what_it_needs(name: str) -> None:
     for pod in pods(rendered(name)):
         for container in pod.containers:
             where = f"{pod.name}: {container['name']}"
-            assert re.fullmatch(r"[a-z/.]+:(distroless-v)?[0-9.]+", container["image"]), where
+            assert re.fullmatch(r"[a-z/.]+:(distroless-v)?[0-9.]+(@sha256:[0-9a-f]{64})?", container["image"]), where
             requests, limits = container["resources"]["requests"], container["resources"]["limits"]
             for kind in ("cpu", "memory", "ephemeral-storage"):
                 assert 0 < quantity(requests[kind]) <= quantity(limits[kind]), f"{where}: {kind}"
