@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from detector.calibration import ALPHAS, Calibration, ThresholdRule, check_target_frr
 from detector.errors import CalibrationError, InputError
+from detector.scores import Evidence, score_bits
 from detector.serving import read_overlays, read_plain_first, read_thresholds
+from detector.statistics import Proportion
 from exporter.canaries import write_recalibrated
 from exporter.commands import uses_target_frr
 from exporter.entropies import OnProgress, entropy_matrix, measure_nlls, measure_plain, open_graph
@@ -98,6 +100,7 @@ class Recalibration:
         base_threshold_bits: the threshold of `base`.
         calibration: the new threshold and what it rests on.
         notes: what is as it was before, and what was noticed while reading the data.
+        doubts: what speaks against the images.
         provenance: what the manifest says of this version.
     """
 
@@ -107,6 +110,7 @@ class Recalibration:
     base_threshold_bits: float
     calibration: Calibration
     notes: tuple[str, ...]
+    doubts: tuple[str, ...]
     provenance: dict[str, Any]
 
 
@@ -146,7 +150,8 @@ def recalibrate(
     base = manifest["active"]
     choices = settled(options, base, manifest["versions"][base])
     rule, detector = choices.rule, choices.rule.detector
-    old_detector = manifest["versions"][base]["calibration"]["detector"]
+    before = manifest["versions"][base]["calibration"]
+    old_detector = before["detector"]
     models, contract = manifest["versions"][base]["models"], manifest["versions"][base]["contract"]
     height, width, channels = contract["image_shape"]
     reader = InputReader((height, width, channels), None, resize=options.resize, on_progress=on_progress)
@@ -180,6 +185,11 @@ def recalibrate(
             repaired = open_graph(folders["repaired"] / "model.onnx")
             nlls = measure_nlls(repaired, images[parts.calibration], labels, on_progress)
     calibration = rule.calibrate(entropies, plain_bits, nlls)
+    _, base_thresholds = read_thresholds(folders["strip_verdict"])
+    rejected = None
+    if detector == old_detector:
+        evidence = Evidence(score_bits(entropies, detector), plain_bits, nlls)
+        rejected = Proportion(int(base_thresholds.reject(evidence).sum()), len(entropies))
     fused = None
     if FUSED in models:
         badnet, repaired_graph = (onnx.load(folders[name] / "model.onnx") for name in ("badnet", "repaired"))
@@ -218,14 +228,14 @@ def recalibrate(
         said.extend(write_recalibrated(folder, number, entry, repository / "guarded" / base, used))
 
     number = write_recalibration(repository, base, changed, write_beside)
-    _, base_thresholds = read_thresholds(folders["strip_verdict"])
     notes = (
         *filter(None, [choices.note]),
         *reader.notes,
         *said,
         *_taught(repository, manifest, images[parts.calibration]),
     )
-    return Recalibration(repository, number, base, base_thresholds.bits, calibration, notes, provenance)
+    doubts = () if rejected is None else _unlike(rejected, base, before["frr_low"], before["frr_high"])
+    return Recalibration(repository, number, base, base_thresholds.bits, calibration, notes, doubts, provenance)
 
 
 def settled(options: RecalibrationOptions, version: str, entry: Mapping[str, Any]) -> Choices:
@@ -266,6 +276,24 @@ def settled(options: RecalibrationOptions, version: str, entry: Mapping[str, Any
         ThresholdRule(method, target_frr, options.threshold_bits, detector),
         choice,
         note[:1].upper() + note[1:] + "." * bool(note),
+    )
+
+
+def _unlike(rejected: Proportion, base: str, low: float, high: float) -> tuple[str, ...]:
+    """Doubt images of which the version before would have rejected twice what it promises, or less than half.
+
+    Args:
+        rejected: of the images that calibrate.
+        base: number of that version.
+        low: lower end of what it promises to reject of clean images, 0..1.
+        high: upper end.
+    """
+    if low / 2 <= rejected.high and rejected.low <= 2 * high:
+        return ()
+    return (
+        f"version {base} would have rejected {rejected.rate:.1%} ({rejected.low:.1%} to {rejected.high:.1%}) of these "
+        f"images, and promises {low:.1%} to {high:.1%} of clean ones. Are they clean, and of what the network is for? "
+        "If not, `stripwire rollback` goes back",
     )
 
 

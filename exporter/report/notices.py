@@ -29,7 +29,7 @@ class Notice:
 
 def notices(data: ReportData) -> tuple[Notice, ...]:
     """Return what must not be missed, the most important first."""
-    alarms = (_unchanged(data), _attack(data), _guard(data), _samples(data), _accuracy(data))
+    alarms = (_unchanged(data), _untaught(data), _attack(data), _guard(data), _samples(data), _accuracy(data))
     found = [Notice("alarm", text) for text in alarms if text is not None]
     if data.after.attack_success is None:
         text = (
@@ -58,6 +58,16 @@ def _unchanged(data: ReportData) -> str | None:
         "No step of the repair stayed within the allowed drop, so it changed nothing: what is served as the repaired "
         f"network is the network as it came, with whatever backdoor it has. The repair ended because: {data.stopped}. "
         "Give more clean data, allow a larger --allowed-drop, or say --repair none."
+    )
+
+
+def _untaught(data: ReportData) -> str | None:
+    if not data.changed or data.kept not in _UNTAUGHT or {step.name for step in data.steps} <= _UNTAUGHT:
+        return None
+    return (
+        "No epoch of the repair stayed within the allowed drop. What is kept has its features bounded, but was taught "
+        f"nothing, and a backdoor may well be open still. The repair ended because: {data.stopped}. Give more clean "
+        "data, or allow a larger --allowed-drop."
     )
 
 

@@ -115,7 +115,7 @@ def calibrate(
             result = recalibrate(repository, clean, options, on_progress=report)
         served = switch(control, repository, back_to=result.base)
     tell(result.notes)
-    for doubt in doubts(result.calibration, detector):
+    for doubt in (*result.doubts, *doubts(result.calibration, detector)):
         warn(doubt)
     if as_json:
         written = {"repository": str(repository), "version": result.version, "served": served}

@@ -17,10 +17,11 @@ from detector.calibration import ThresholdRule, calibrate
 from detector.errors import CalibrationError, DataError, InputError, RepositoryError
 from detector.scores import Evidence
 from detector.serving import read_overlays, read_thresholds
+from detector.statistics import Proportion
 from detector.strip import entropy_bits, perturb, weighted_overlays
 from exporter import recalibration
 from exporter.entropies import entropy_matrix, open_graph
-from exporter.recalibration import Choices, RecalibrationOptions, distinct, recalibrate, settled, split
+from exporter.recalibration import Choices, RecalibrationOptions, _unlike, distinct, recalibrate, settled, split
 from exporter.repository import activate
 from model_repository.manifest import sha256_of, verify_repository
 from samples.hdf5 import read_hdf5, write_hdf5
@@ -66,6 +67,21 @@ def test_only_what_calibration_concerns_gets_a_new_version(exported: Path, new_d
     assert entry["options"]["rule"]["target_frr"] == 0.1
     assert entry["calibration"]["threshold_bits"] == read_thresholds(exported / "strip_verdict" / "2")[1].bits
     assert result.base_threshold_bits == read_thresholds(exported / "strip_verdict" / "1")[1].bits
+
+
+def test_images_unlike_those_that_calibrated_before_are_doubted(exported: Path, new_data: Path, tmp_path: Path) -> None:
+    options = RecalibrationOptions(keep_overlays=True)
+    assert recalibrate(exported, new_data, options).doubts == ()
+    clean = read_hdf5(new_data)
+    write_hdf5(tmp_path / "bright.h5", Samples((200 + clean.images // 5).astype(np.uint8), clean.labels))
+    (doubt,) = recalibrate(exported, tmp_path / "bright.h5", options).doubts
+    assert doubt.startswith("version 2 would have rejected 100.0%")
+    assert "Are they clean, and of what the network is for?" in doubt
+
+
+@pytest.mark.parametrize(("rejected", "doubted"), [(0, True), (5, True), (30, False), (120, False), (200, True)])
+def test_twice_as_many_as_promised_or_half_are_worth_a_doubt(rejected: int, doubted: bool) -> None:
+    assert bool(_unlike(Proportion(rejected, 1000), "1", 0.03, 0.07)) is doubted
 
 
 def test_the_detector_changes_when_asked_and_stays_otherwise(exported: Path, new_data: Path) -> None:

@@ -471,6 +471,20 @@ def test_many_steps_are_folded_but_for_the_first_the_kept_and_the_last(tmp_path:
     assert "details" not in written(tmp_path, report_data(kept="round 2", steps=report_data().steps[:9]))[0].tags
 
 
+def test_a_repair_of_which_no_epoch_was_kept_is_an_alarm() -> None:
+    steps = (
+        Step("as received", 0.99, 0.99, 0.0, 0.0),
+        Step("bounded", 0.99, 0.5, 0.4, 0.0),
+        Step("epoch 1", 0.9, 0.0, 0.9, 0.0),
+    )
+    data = replace(report_data(), steps=steps, kept="bounded")
+    said = [notice.text for notice in notices(data) if "was taught nothing" in notice.text]
+    assert [notice.level for notice in notices(data)][:1] == ["alarm"]
+    assert len(said) == 1
+    bounds_alone = replace(data, steps=steps[:2])
+    assert not any("was taught nothing" in notice.text for notice in notices(bounds_alone))
+
+
 def test_attack_samples_that_do_not_attack_are_an_alarm() -> None:
     before = Scores(Proportion(449, 450), Proportion(20, 990), None)
     assert levels(report_data(before=before)) == ["alarm"]
