@@ -80,7 +80,7 @@ def translated(error: InferenceServerException, url: str, model: str, timeout_se
         )
     elif kind is DeadlineExceededError:
         waited = f"{timeout_seconds:g} s"
-        message = f"model {model!r} did not answer within {waited}; allow it more time (--timeout)"
+        message = f"model {model!r} did not answer within {waited}; allow it more time (--timeout, timeout_seconds)"
     elif kind is RequestRejectedError:
         message = f"model {model!r} refused the request: {said}"
     elif kind is AccessDeniedError:

@@ -256,7 +256,7 @@ def activate(repository: Path, version: str | None = None) -> str:
                 f"it; name one of {', '.join(versions)}"
             )
         if wanted not in versions:
-            raise InputError(f"{repository}: got version {wanted!r}, expected one of {', '.join(versions)}")
+            raise InputError(f"version: got {wanted!r}, expected one of {', '.join(versions)}, as {repository} has")
         make_active(repository, manifest, wanted)
         return str(wanted)
 

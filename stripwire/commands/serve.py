@@ -96,6 +96,8 @@ def serve(
         console.print(table)
         console.print("Ctrl-C stops it. From another terminal:")
         trust = ["--tls-ca", "AUTHORITIES"] if tls_cert else []
+        if tls_client_ca is not None:
+            trust += ["--tls-key", "KEY", "--tls-cert", "CERTIFICATE"]
         command("classify", "--url", server.grpc_address, *trust, "IMAGE")
         watching: list[str | Path] = [
             "--url",

@@ -292,7 +292,7 @@ def test_what_a_version_shares_is_not_touched(repository: Path, served: ServedMo
 
 
 def test_a_version_that_there_is_not_is_named(repository: Path) -> None:
-    with pytest.raises(InputError, match="got version '7', expected one of 1"):
+    with pytest.raises(InputError, match="version: got '7', expected one of 1"):
         activate(repository, "7")
 
 
