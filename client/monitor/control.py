@@ -17,6 +17,33 @@ from detector.errors import AccessDeniedError, StripwireError
 _AGAIN_SECONDS = 3600.0
 
 
+class ControlToken:
+    """The server's control token: one that was given, or one that a server on this machine leaves to be found.
+
+    Args:
+        given: the first kind; None where there is none.
+        find: returns the second kind, if it is there.
+    """
+
+    def __init__(self, given: str | None, find: Callable[[], str | None]) -> None:
+        self._given = given
+        self._find = find
+        self._was_there = False
+
+    def now(self) -> str | None:
+        """Return the token; a server that was started anew may have another one."""
+        token = self._given or self._find()
+        self._was_there |= token is not None
+        return token
+
+    def is_gone(self) -> bool:
+        """Say whether it was there and no longer is: `stripwire serve` takes it away before it stops."""
+        try:
+            return self._was_there and self.now() is None
+        except StripwireError:  # it cannot be read, and so is there
+            return False
+
+
 class ControlCheck(Collector):
     """Tries the control token when the server answers, once an hour at most, and tells whether it was taken.
 

@@ -59,6 +59,7 @@ class Health:
         dead_after_seconds: how long canaries may fail before liveness does. A server that has answered none yet may
             still be starting, and be away as long as it likes.
         answered: called after every canary that got its verdict.
+        is_stopping: says whether the server is stopping, as far as can be known: then nothing is wrong with its models.
         pause_seconds: how long nothing is tried after an attempt to heal that did not help.
         clock: seconds that never jump.
     """
@@ -73,6 +74,7 @@ class Health:
         stale_after_seconds: float,
         dead_after_seconds: float,
         answered: Callable[[], None] = lambda: None,
+        is_stopping: Callable[[], bool] = lambda: False,
         pause_seconds: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -83,6 +85,7 @@ class Health:
         self._stale_after_seconds = stale_after_seconds
         self._dead_after_seconds = dead_after_seconds
         self._answered = answered
+        self._is_stopping = is_stopping
         self._pause_seconds = pause_seconds
         self._clock = clock
         self._lock = threading.Lock()
@@ -115,7 +118,7 @@ class Health:
         outcome = self._send()
         if outcome.kind is None:
             self._answered()
-        if outcome.kind not in _TREATABLE:
+        if outcome.kind not in _TREATABLE or self._is_stopping():
             return
         now = self._clock()
         if self._in_vain_at is not None and now - self._in_vain_at < self._pause_seconds:

@@ -17,7 +17,7 @@ from client.control import control_headers
 from client.monitor.access import Access
 from client.monitor.app import MonitorApp
 from client.monitor.certificates import CertificateCollector
-from client.monitor.control import ControlCheck
+from client.monitor.control import ControlCheck, ControlToken
 from client.monitor.drift import DriftCollector
 from client.monitor.health import Health, Watch
 from client.monitor.logs import log
@@ -50,14 +50,13 @@ def run_monitor(settings: MonitorSettings, find_control_token: Callable[[], str 
         # Without retries: a canary tells what a single request meets.
         return _client(settings, settings.timeout_seconds, retries=0)
 
-    def control_token() -> str | None:
-        return _secret(settings.control_token) or find_control_token()
+    control_token = ControlToken(_secret(settings.control_token), find_control_token)
 
     def connect_control() -> GuardedClient:
-        return _client(settings, settings.reload_timeout_seconds, retries=4, control_token=control_token())
+        return _client(settings, settings.reload_timeout_seconds, retries=4, control_token=control_token.now())
 
     def try_control() -> GuardedClient | None:
-        token = control_token()
+        token = control_token.now()
         return None if token is None else _client(settings, settings.timeout_seconds, retries=0, control_token=token)
 
     connect().close()  # says what is wrong with its options
@@ -87,6 +86,7 @@ def run_monitor(settings: MonitorSettings, find_control_token: Callable[[], str 
             stale_after_seconds=interval + 3 * settings.timeout_seconds,
             dead_after_seconds=settings.dead_after_seconds,
             answered=control.try_now_and_then,
+            is_stopping=control_token.is_gone,
         )
         access = Access(_secret(settings.feedback_token), metrics)
         app = MonitorApp(health, record, access, registry, view)

@@ -8,9 +8,9 @@ import pytest
 
 from client.api import GuardedClient
 from client.control import control_headers
-from client.monitor.control import ControlCheck
+from client.monitor.control import ControlCheck, ControlToken
 from deploy.embedded.server import EmbeddedTriton
-from detector.errors import SetupError
+from detector.errors import InputError, SetupError
 from tests.client.monitor.conftest import monitoring, parsed
 from tests.conftest import wait_for
 
@@ -105,3 +105,21 @@ def test_before_a_verdict_no_token_is_tried(canary_file: Path) -> None:
         wait_for(lambda: monitor.metric("stripwire_canary_errors_total", kind="unavailable") >= 3)
         assert ("stripwire_model_control", ()) not in parsed(monitor.http.get("/metrics").text)
         assert "the control token could not be tried" not in monitor.events()
+
+
+def test_a_token_that_a_server_takes_away_is_gone_and_one_that_was_given_never_is() -> None:
+    left: list[str | None] = [None, "a", "b", None, "c"]
+    token = ControlToken(None, lambda: left[0])
+    assert not token.is_gone()  # there was none yet
+    seen = []
+    while len(left) > 1:
+        left.pop(0)
+        seen.append((token.now(), token.is_gone()))
+    assert seen == [("a", False), ("b", False), (None, True), ("c", False)]
+
+    def unreadable() -> str:
+        raise InputError("it cannot be read")
+
+    token._find = unreadable
+    assert not token.is_gone()
+    assert not ControlToken("given", lambda: None).is_gone()

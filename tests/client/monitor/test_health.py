@@ -36,6 +36,7 @@ class Watched:
         self.url = url
         self.control_token = control_token
         self.timeout_seconds = timeout_seconds
+        self.is_stopping = False
         self.registry = CollectorRegistry()
         metrics = MonitorMetrics(self.registry, canaries(classes))
         self.sender = CanarySender(canaries(classes), self.connect, metrics)
@@ -46,6 +47,7 @@ class Watched:
             metrics,
             stale_after_seconds=10,
             dead_after_seconds=120,
+            is_stopping=lambda: self.is_stopping,
             clock=lambda: self.now,
         )
 
@@ -120,6 +122,18 @@ def test_each_model_whose_process_was_killed_is_named_and_healed(
     assert watched.state() == (True, True)
     watched.rounds(2)
     assert watched.errors() == {"failed": 1}
+
+
+def test_of_a_server_that_is_stopping_no_model_is_loaded_again(watched: Watched, ensemble: EmbeddedTriton) -> None:
+    watched.rounds()
+    kill(ensemble, "badnet")
+    watched.is_stopping = True
+    watched.rounds()
+    assert watched.reloads() == {}
+    assert watched.state() == (False, True)  # not ready, and no reason to start it anew
+    watched.is_stopping = False
+    watched.rounds()
+    assert watched.reloads() == {("badnet", "died"): 1}
 
 
 def test_two_models_that_died_are_both_healed(watched: Watched, ensemble: EmbeddedTriton) -> None:
