@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterMathtext, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
 from exporter.report.data import LEAST_BITS
@@ -32,6 +33,7 @@ _PAGE_COLOURS = {
     _TROJANED: "var(--trojaned)",
     _RECOVERED: "var(--recovered)",
 }
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -226,7 +228,7 @@ def _scatter(
             axes.set(**{f"{axis}scale": "log"})
             ticks = axes.xaxis if axis == "x" else axes.yaxis
             ticks.set_major_locator(LogLocator(numticks=4))
-            ticks.set_major_formatter(LogFormatterMathtext())  # the panels are narrow
+            ticks.set_major_formatter(_decade)
             ticks.set_minor_formatter(NullFormatter())
 
 
@@ -347,7 +349,13 @@ def _entropy_axis(axes: Axes, numbers: dict[str, Any], what: str = "entropy") ->
     axes.set_xlabel(f"{what} ({'median, ' if median else ''}bits)")
     if median:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter(_decade)
+
+
+def _decade(value: float, _: float = 0.0) -> str:
+    """Return a power of ten for an axis: as short as can be, or neighbours run into each other."""
+    exponent = round(math.log10(value))
+    return f"{value:g}" if exponent >= -3 else "10" + str(exponent).translate(_SUPERSCRIPT)
 
 
 def _legend(figure: Figure) -> None:

@@ -20,6 +20,7 @@ from detector.scores import Evidence, score_bits
 from detector.statistics import Proportion
 from exporter.report import Examples, Layer, Part, ReportData, Scores, Step, write_report
 from exporter.report.document import document
+from exporter.report.figures import _decade
 from exporter.report.notices import notices, percent
 
 OVERLAYS = 10
@@ -469,6 +470,13 @@ def test_many_steps_are_folded_but_for_the_first_the_kept_and_the_last(tmp_path:
     names = [step["name"] for step in numbers["repair"]["steps"]]
     assert rows == [*names[:8], "final epoch 6 (kept)", names[-1]]
     assert "details" not in written(tmp_path, report_data(kept="round 2", steps=report_data().steps[:9]))[0].tags
+
+
+@pytest.mark.parametrize(
+    ("value", "label"), [(10.0, "10"), (1.0, "1"), (0.001, "0.001"), (1e-4, "10⁻⁴"), (1e-39, "10⁻³⁹")]
+)
+def test_powers_of_ten_are_short_enough_to_stand_beside_each_other(value: float, label: str) -> None:
+    assert _decade(value) == label
 
 
 def test_a_repair_of_which_no_epoch_was_kept_is_an_alarm() -> None:
