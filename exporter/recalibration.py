@@ -186,10 +186,11 @@ def recalibrate(
             nlls = measure_nlls(repaired, images[parts.calibration], labels, on_progress)
     calibration = rule.calibrate(entropies, plain_bits, nlls)
     _, base_thresholds = read_thresholds(folders["strip_verdict"])
-    rejected = None
+    doubts: tuple[str, ...] = ()
     if detector == old_detector:
         evidence = Evidence(score_bits(entropies, detector), plain_bits, nlls)
         rejected = Proportion(int(base_thresholds.reject(evidence).sum()), len(entropies))
+        doubts = _unlike(rejected, base, before["frr_low"], before["frr_high"])
     fused = None
     if FUSED in models:
         badnet, repaired_graph = (onnx.load(folders[name] / "model.onnx") for name in ("badnet", "repaired"))
@@ -234,7 +235,6 @@ def recalibrate(
         *said,
         *_taught(repository, manifest, images[parts.calibration]),
     )
-    doubts = () if rejected is None else _unlike(rejected, base, before["frr_low"], before["frr_high"])
     return Recalibration(repository, number, base, base_thresholds.bits, calibration, notes, doubts, provenance)
 
 

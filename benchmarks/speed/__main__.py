@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,19 +49,17 @@ def run(
     """Measure everything but the soak, and print it."""
     if context.invoked_subcommand is not None:
         return
-    with progress() as report, tempfile.TemporaryDirectory() as folder:
-        found = _read(output)
-        found |= {"hardware": hardware(), "rounds": rounds, "seconds": seconds}
-        if prepared is not None and "offline" in found:
-            raise typer.BadParameter(f"{output} has figures of another machine, expected a folder of its own: --output")
+    found = _read(output)
+    if prepared is not None and "offline" in found:
+        raise typer.BadParameter(f"{output} has figures of another machine, expected a folder of its own: --output")
+    found |= {"hardware": hardware(), "rounds": rounds, "seconds": seconds}
+    with progress() as report:
         if prepared is None:
             from benchmarks.speed.offline import compare, vary
 
-            badnet = _badnet(report)
-            found["offline"], found["varied"] = compare(badnet, rounds, report), vary(rounds, report)
-            prepared = Path(folder)
-            _prepare(badnet, prepared)
-        found["served"] = _served(prepared, rounds, seconds, report)
+            found["offline"], found["varied"] = compare(_badnet(report), rounds, report), vary(rounds, report)
+        with _ready(prepared, report) as folder:
+            found["served"] = _served(folder, rounds, seconds, report)
     _write(output, found)
     draw(output / "speed.png", found)
     show(found)
@@ -69,7 +69,7 @@ def run(
 def prepare(folder: Annotated[Path, typer.Argument(help="Folder to write, for a machine without TensorFlow.")]) -> None:
     """Train and export what the servers are measured with."""
     with progress() as report:
-        _prepare(_badnet(report), folder)
+        _prepare(folder, report)
 
 
 @app.command()
@@ -79,16 +79,13 @@ def soak(
     output: Annotated[Path, typer.Option(help="Folder with speed.json.")] = RESULTS,
 ) -> None:
     """Watch the server's memory over many requests."""
-    with progress() as report, tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        _prepare(_badnet(report), folder)
+    with progress() as report, _ready(None, report) as folder, serve_all(folder) as running:
         pool = _images(folder)["clean"]
-        with serve_all(folder) as running:
-            memory = {
-                each.name: soak_server(each, pool, requests, callers, report)
-                for each in running
-                if each.name in (ENSEMBLE, FUSED)
-            }
+        memory = {
+            each.name: soak_server(each, pool, requests, callers, report)
+            for each in running
+            if each.name in (ENSEMBLE, FUSED)
+        }
     found = _read(output) | {"soak": {"requests": requests, "callers": callers, "memory_mib": memory}}
     _write(output, found)
     show(found)
@@ -117,10 +114,7 @@ def gpu_options(
     """Compare onnxruntime's options on a GPU."""
     if graphics_card() is None:
         raise SystemExit("error: no GPU that CuPy and onnxruntime can use; pip install 'stripwire[gpu]'")
-    with progress() as report, tempfile.TemporaryDirectory() as name:
-        folder = prepared or Path(name)
-        if prepared is None:
-            _prepare(_badnet(report), folder)
+    with progress() as report, _ready(prepared, report) as folder:
         found = _read(output) | {"gpu_options": compare_options(folder, _images(folder)["clean"], report)}
     _write(output, found)
     Console(width=140).print(options_table(found["gpu_options"]))
@@ -154,11 +148,23 @@ def _badnet(report: OnProgress) -> Path:
     return cached_badnet(BadNetOptions(), on_progress=report).folder
 
 
-def _prepare(badnet: Path, folder: Path) -> None:
+@contextmanager
+def _ready(prepared: Path | None, report: OnProgress) -> Iterator[Path]:
+    """Yield a folder that was prepared, or is prepared now, for as long as it is used."""
+    if prepared is not None:
+        yield prepared
+        return
+    with tempfile.TemporaryDirectory() as name:
+        _prepare(Path(name), report)
+        yield Path(name)
+
+
+def _prepare(folder: Path, report: OnProgress) -> None:
     """Write the repositories, and the images to ask them with."""
     from exporter.badnet import TEST_FILE, trojaned_file
     from samples.hdf5 import read_hdf5
 
+    badnet = _badnet(report)
     folder.mkdir(parents=True, exist_ok=True)
     clean, trojaned = (read_hdf5(badnet / name).images for name in (TEST_FILE, trojaned_file("sunglasses")))
     np.savez(folder / _IMAGES, clean=clean, trojaned=trojaned)

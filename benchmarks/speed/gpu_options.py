@@ -34,25 +34,23 @@ def compare_options(folder: Path, images: NDArray[np.uint8], report: OnProgress)
     """
     onnxruntime.preload_dlls()
     found: list[dict[str, Any]] = []
-    choices = [*product((FUSED_WHOLE, FUSED), ("0", "1"), SEARCHES)]
-    for name, tf32, search in choices:
+    graphs, choices = (FUSED_WHOLE, FUSED), [*product(("0", "1"), SEARCHES)]
+    for name in graphs:
         path = folder / name / "fused" / read_manifest(folder / name)["active"] / "model.onnx"
-        cuda = "CUDAExecutionProvider", {"use_tf32": tf32, "cudnn_conv_algo_search": search}
-        session = onnxruntime.InferenceSession(path, providers=[cuda, "CPUExecutionProvider"])
-        on_cpu = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        _milliseconds(session, images[:1])  # loads cuDNN
-        row: dict[str, Any] = {"graph": name, "use_tf32": tf32, "search": search}
-        row["new_size_ms"] = [_milliseconds(session, images[:size]) for size in _NEW_SIZES]
-        row["ms"] = {}
-        for batch in BATCHES:
-            times = [_milliseconds(session, images[:batch]) for _ in range(_REPEATS)]
-            row["ms"][str(batch)] = statistics.median(times[_REPEATS // 6 :])
-        entropies, expected = (
-            each.run(["sentinel_entropies"], {"image": images[:64]})[0] for each in (session, on_cpu)
-        )
-        row["entropy_off_bits"] = float(np.abs(entropies - expected).max())
-        found.append(row)
-        report("Comparing options of onnxruntime", len(found), len(choices))
+        expected = _entropies(onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]), images)
+        for tf32, search in choices:
+            cuda = "CUDAExecutionProvider", {"use_tf32": tf32, "cudnn_conv_algo_search": search}
+            session = onnxruntime.InferenceSession(path, providers=[cuda, "CPUExecutionProvider"])
+            _milliseconds(session, images[:1])  # loads cuDNN
+            row: dict[str, Any] = {"graph": name, "use_tf32": tf32, "search": search}
+            row["new_size_ms"] = [_milliseconds(session, images[:size]) for size in _NEW_SIZES]
+            row["ms"] = {}
+            for batch in BATCHES:
+                times = [_milliseconds(session, images[:batch]) for _ in range(_REPEATS)]
+                row["ms"][str(batch)] = statistics.median(times[_REPEATS // 6 :])
+            row["entropy_off_bits"] = float(np.abs(_entropies(session, images) - expected).max())
+            found.append(row)
+            report("Comparing options of onnxruntime", len(found), len(graphs) * len(choices))
     return found
 
 
@@ -70,6 +68,10 @@ def options_table(found: list[dict[str, Any]]) -> Table:
             f"{row['entropy_off_bits']:.0e}",
         )
     return table
+
+
+def _entropies(session: onnxruntime.InferenceSession, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return np.asarray(session.run(["sentinel_entropies"], {"image": images[:64]})[0])
 
 
 def _milliseconds(session: onnxruntime.InferenceSession, images: NDArray[np.uint8]) -> float:

@@ -115,7 +115,7 @@ def graphics_card() -> str | None:
 def check_where(contenders: list[Contender]) -> None:
     """Raise where a network was to run on the GPU and does not: the figures would be of something else."""
     for contender in contenders:
-        if ON_THE_CPU in contender.server.server_log():
+        if contender.server.misses_the_gpu():
             raise ServerError(f"{contender.name}: {ON_THE_CPU}")
 
 

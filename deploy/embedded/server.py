@@ -33,7 +33,7 @@ from deploy.embedded.leftovers import Leftovers
 from deploy.embedded.tls import ServerTls
 from detector.errors import InputError, ServerError, ServerStartError
 from detector.quarantine import FOLDER_VARIABLE, prepare
-from detector.serving import CONTROL_KEY, CONTROL_RULE, MODES, SENTINEL, is_control_token
+from detector.serving import CONTROL_KEY, CONTROL_RULE, MODES, ON_THE_CPU, SENTINEL, is_control_token
 from model_repository.manifest import verify_repository
 
 _BACKENDS = Path(__file__).parent / "backends"
@@ -228,6 +228,10 @@ class EmbeddedTriton:
             return (self._leftovers.folder / "server.log").read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:  # it does not run
             return ""
+
+    def misses_the_gpu(self) -> bool:
+        """Say whether a network that a GPU was there for runs on the CPU, because onnxruntime could not load CUDA."""
+        return ON_THE_CPU in self.server_log()
 
     def _launch(self, triton: TritonInstallation, work_folder: Path) -> subprocess.Popen[bytes]:
         backends = work_folder / "backends"

@@ -62,7 +62,7 @@ def _unchanged(data: ReportData) -> str | None:
 
 
 def _untaught(data: ReportData) -> str | None:
-    if not data.changed or data.kept not in _UNTAUGHT or {step.name for step in data.steps} <= _UNTAUGHT:
+    if not (data.changed and data.kept in _UNTAUGHT and _was_taught(data)):
         return None
     return (
         "No epoch of the repair stayed within the allowed drop. What is kept has its features bounded, but was taught "
@@ -77,12 +77,16 @@ def _attack(data: ReportData) -> str | None:
         return None
     if not data.tried:
         return f"The attack succeeds on {success} of the attack samples. Try a --repair, with clean data to learn from."
-    longer = "" if {step.name for step in data.steps} <= _UNTAUGHT else "more --epochs, "
+    longer = "more --epochs, " if _was_taught(data) else ""
     return (
         f"The attack still succeeds on {success} of the attack samples; the goal is less than "
         f"{percent(data.attack_success_goal)}. The backdoor is not closed. Try {longer}more clean data, or another "
         "--repair."
     )
+
+
+def _was_taught(data: ReportData) -> bool:
+    return not {step.name for step in data.steps} <= _UNTAUGHT
 
 
 def _guard(data: ReportData) -> str | None:

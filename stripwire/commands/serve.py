@@ -87,7 +87,7 @@ def serve(
     try:
         with waiting("Loading the models …"):
             server.start()
-        if ON_THE_CPU in server.server_log():
+        if server.misses_the_gpu():
             warn(f"a network was to run on the GPU, but {ON_THE_CPU}: is there CUDA 13, with cuDNN 9?")
         table = Table(title=escape(f"Serving {repository}, mode {mode}"), show_header=False)
         table.add_row("gRPC", server.grpc_address + (" (TLS)" if tls_cert else ""))

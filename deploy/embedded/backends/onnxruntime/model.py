@@ -7,7 +7,7 @@ A Python-based backend with the name of NVIDIA's native one, so that a model rep
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,21 +42,27 @@ class TritonPythonModel:
         if xp is not np and session.get_providers()[0] != _CUDA:
             # onnxruntime falls back to the CPU without a word.
             pb_utils.Logger.log_warn(f"{args['model_name']}: {ON_THE_CPU}")
-        names = [tensor["name"] for tensor in config["input"]], [tensor["name"] for tensor in config["output"]]
-        self._stage = _stage(session, *names) if xp is np else _GpuStage(session, xp, *names)
+        inputs = [tensor["name"] for tensor in config["input"]]
+        outputs = [tensor["name"] for tensor in config["output"]]
+        if xp is np:
+            self._stage = Stage(pb_utils, inputs, outputs, _from_host(session, inputs, outputs))
+        else:
+            self._stage = _GpuStage(session, xp, inputs, outputs)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all requests of a batch."""
         return self._stage.execute(requests)
 
 
-def _stage(session: onnxruntime.InferenceSession, inputs: list[str], outputs: list[str]) -> Stage:
-    """Return the stage that runs a network on the host's tensors."""
+def _from_host(
+    session: onnxruntime.InferenceSession, inputs: list[str], outputs: list[str]
+) -> Callable[..., list[Any]]:
+    """Return what runs a network on the host's tensors."""
+    return lambda *arrays: list(session.run(outputs, dict(zip(inputs, arrays, strict=True))))
 
-    def compute(*arrays: Any) -> list[Any]:
-        return list(session.run(outputs, dict(zip(inputs, arrays, strict=True))))
 
-    return Stage(pb_utils, inputs, outputs, compute)
+def _are_on_host(arrays: Sequence[Any]) -> bool:
+    return all(isinstance(array, np.ndarray) for array in arrays)
 
 
 class _GpuStage(Stage):
@@ -73,11 +79,11 @@ class _GpuStage(Stage):
         self, session: onnxruntime.InferenceSession, cupy: ModuleType, inputs: list[str], outputs: list[str]
     ) -> None:
         runs_there = session.get_providers()[0] == _CUDA
+        from_host = _from_host(session, inputs, outputs)
 
         def compute(*arrays: Any) -> list[Any]:
-            if not runs_there or all(isinstance(array, np.ndarray) for array in arrays):
-                on_host = [cupy.asnumpy(array) for array in arrays]
-                return list(session.run(outputs, dict(zip(inputs, on_host, strict=True))))
+            if not runs_there or _are_on_host(arrays):
+                return from_host(*map(cupy.asnumpy, arrays))
             on_gpu = [cupy.asarray(array) for array in arrays]
             cupy.cuda.get_current_stream().synchronize()  # the session reads on a stream of its own
             binding = session.io_binding()
@@ -98,7 +104,7 @@ class _GpuStage(Stage):
 
     def join(self, parts: Sequence[Any]) -> Any:
         """Return what was read of several requests as one array; on the GPU if any of it is."""
-        if all(isinstance(part, np.ndarray) for part in parts):
+        if _are_on_host(parts):
             return np.concatenate(parts)
         return self._cupy.concatenate([self._cupy.asarray(part) for part in parts])
 
